@@ -1,0 +1,219 @@
+"""Lowering for ONNX Runtime on the CPU: markers become its fused operators.
+
+RoPE + KvCacheUpdate + CachedAttention become one GroupQueryAttention, residual add + RmsNorm one
+SkipSimplifiedLayerNormalization, linears multiply by the checkpoint's own (N, K) rows, and the q, k and v of a layer
+are one multiplication. What does not fit a fused operator keeps its marker, and with it its body.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from ...runtime import contract
+from ..functions import DOMAIN
+from .rewrite import MICROSOFT, clean, insert, producer, replace
+
+_HEAD_DIM_MULTIPLE = 8  # what GroupQueryAttention's rotary kernel asks of head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """model: the graph. packs: new initialiser -> the universal's initialisers whose rows it joins."""
+
+    model: ir.Model
+    packs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def lower(universal: ir.Model) -> Lowered:
+    """Return the lowered copy of `universal`; weights without data stay without."""
+    model = universal.clone()
+    model.opset_imports[MICROSOFT] = 1
+    packs: dict[str, tuple[str, ...]] = {}
+    fuse_silu(model.graph)
+    fuse_linears(model.graph)
+    fuse_attention(model.graph)
+    pack_projections(model.graph, packs)
+    fuse_norms(model.graph)
+    clean(model)
+    return Lowered(model, packs)
+
+
+def fuse_silu(graph: ir.Graph) -> None:
+    """x * Sigmoid(x) -> QuickGelu with alpha 1: one pass over the activations."""
+    for node in list(graph):
+        if node.op_type == "Mul" and node.domain == "":
+            for x, gate in (node.inputs, reversed(node.inputs)):
+                sigmoid = producer(gate, "Sigmoid")
+                if sigmoid is not None and sigmoid.inputs[0] is x:
+                    (silu,) = insert(graph, node, "QuickGelu", [x], {"alpha": 1.0}, domain=MICROSOFT)
+                    replace(node.outputs[0], silu)
+                    break
+
+
+def fuse_linears(graph: ir.Graph) -> None:
+    """MatMul(x, Transpose(W)) -> FusedMatMul(x, W, transB): W is read as it lies in the checkpoint."""
+    for node in list(graph):
+        if node.op_type == "MatMul" and node.domain == "":
+            transpose = producer(node.inputs[1], "Transpose")
+            if transpose is not None and transpose.inputs[0] in graph.initializers.values():
+                inputs = [node.inputs[0], transpose.inputs[0]]
+                (product,) = insert(graph, node, "FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT)
+                replace(node.outputs[0], product)
+
+
+def fuse_norms(graph: ir.Graph) -> None:
+    """RmsNorm -> SimplifiedLayerNormalization, and with the residual add in front SkipSimplifiedLayerNormalization.
+
+    The sum is an output of the fused node, so the residual stream is read and written once.
+    """
+    for node in list(graph):
+        if node.op_type != "RmsNorm" or node.domain != DOMAIN:
+            continue
+        x, weight = node.inputs
+        eps = node.attributes["eps"].as_float()
+        add = producer(x, "Add")
+        if add is not None and all(v is not None and v.shape == x.shape for v in add.inputs):  # type: ignore[union-attr]
+            normed, _, _, total = insert(
+                graph,
+                node,
+                "SkipSimplifiedLayerNormalization",
+                [*add.inputs, weight],
+                {"epsilon": eps},
+                domain=MICROSOFT,
+                outputs=4,
+            )
+            replace(add.outputs[0], total)
+        else:
+            attributes = {"epsilon": eps, "axis": -1, "stash_type": 1}
+            (normed,) = insert(graph, node, "SimplifiedLayerNormalization", [x, weight], attributes)
+        replace(node.outputs[0], normed)
+
+
+def fuse_attention(graph: ir.Graph) -> None:
+    """RoPE + KvCacheUpdate ×2 + CachedAttention -> GroupQueryAttention on ragged rows."""
+    lengths: tuple[ir.Value, ir.Value] | None = None
+    for node in list(graph):
+        if node.op_type != "CachedAttention" or node.domain != DOMAIN:
+            continue
+        write_key, write_value = (producer(v, "KvCacheUpdate", DOMAIN) for v in node.inputs[1:3])
+        if write_key is None or write_value is None or not _fits(write_key, write_value):
+            continue
+        if lengths is None:
+            lengths = _lengths(graph)
+        past_key, key, _ = write_key.inputs
+        past_value, value, _ = write_value.inputs
+        query = node.inputs[0]
+        rope = producer(query, "RoPE", DOMAIN)
+        rotated = rope is not None and key is rope.outputs[1] and _rotates(rope, past_key)
+        cos = sin = None
+        if rope is not None and rotated:
+            query, key, cos, sin = rope.inputs[:4]
+        sinks = node.inputs[4] if len(node.inputs) > 4 else None
+        window = node.attributes["window"].as_int()
+        attributes = {
+            "num_heads": node.attributes["num_heads"].as_int(),
+            "kv_num_heads": int(past_key.shape[1]),  # type: ignore[union-attr,index,arg-type]
+            "scale": node.attributes["scale"].as_float(),
+            "softcap": node.attributes["softcap"].as_float(),
+            "local_window_size": window or -1,
+            "do_rotary": int(rotated),
+            "rotary_interleaved": rope.attributes["interleaved"].as_int() if rope is not None and rotated else 0,
+        }
+        positions = node.inputs[3] if rotated else None
+        absent: list[ir.Value | None] = [None, None, None, None]  # scales of a quantised cache, QK norm weights
+        inputs = [query, key, value, past_key, past_value, *lengths, cos, sin, positions, None, sinks, *absent]
+        attended, present_key, present_value = insert(
+            graph,
+            node,
+            "GroupQueryAttention",
+            [*inputs, _input(graph, contract.INPUT_LENS)],
+            attributes,
+            domain=MICROSOFT,
+            outputs=3,
+        )
+        replace(node.outputs[0], attended)
+        replace(write_key.outputs[0], present_key)
+        replace(write_value.outputs[0], present_value)
+
+
+def pack_projections(graph: ir.Graph, packs: dict[str, tuple[str, ...]]) -> None:
+    """The q, k and v linears of one GroupQueryAttention -> one linear over their joined rows."""
+    for node in list(graph):
+        if node.op_type != "GroupQueryAttention":
+            continue
+        linears = [_linear(graph, value) for value in node.inputs[:3]]
+        if any(part is None for part in linears):
+            continue
+        products, weights, biases = zip(*linears, strict=True)  # type: ignore[arg-type]
+        same_input = len({id(product.inputs[0]) for product in products}) == 1
+        if not same_input or len({bias is None for bias in biases}) != 1:
+            continue
+        packed = _pack(graph, weights, packs)
+        inputs = [products[0].inputs[0], packed]
+        (qkv,) = insert(graph, node, "FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT)
+        if biases[0] is not None:
+            (qkv,) = insert(graph, node, "Add", [qkv, _pack(graph, biases, packs)])
+        node.replace_input_with(0, qkv)
+        node.replace_input_with(1, None)
+        node.replace_input_with(2, None)
+
+
+def _linear(graph: ir.Graph, value: ir.Value | None) -> tuple[ir.Node, ir.Value, ir.Value | None] | None:
+    """(product, weight, bias) if `value` is a linear of the graph's weights; else None."""
+    bias = None
+    add = producer(value, "Add")
+    if add is not None and add.inputs[1] in graph.initializers.values():
+        value, bias = add.inputs
+    product = producer(value, "FusedMatMul", MICROSOFT)
+    if product is None or product.inputs[1] not in graph.initializers.values():
+        return None
+    return product, product.inputs[1], bias  # type: ignore[return-value]
+
+
+def _pack(graph: ir.Graph, members: Sequence[ir.Value], packs: dict[str, tuple[str, ...]]) -> ir.Value:
+    names = tuple(str(member.name) for member in members)
+    name = f"{names[0]}.packed"
+    rows = sum(int(member.shape[0]) for member in members)  # type: ignore[index,arg-type]
+    shape = ir.Shape([rows, *members[0].shape[1:]])  # type: ignore[index]
+    value = ir.Value(name=name, type=members[0].type, shape=shape)
+    graph.initializers[name] = value
+    packs[name] = names
+    return value
+
+
+def _fits(write_key: ir.Node, write_value: ir.Node) -> bool:
+    """Whether GroupQueryAttention can hold this cache: one head_dim for keys and values, of a size it takes."""
+    key, value = (write.inputs[0].shape for write in (write_key, write_value))  # type: ignore[union-attr]
+    return key is not None and key == value and int(key[3]) % _HEAD_DIM_MULTIPLE == 0  # type: ignore[arg-type]
+
+
+def _rotates(rope: ir.Node, past_key: ir.Value | None) -> bool:
+    """Whether GroupQueryAttention's own rotary does what this RoPE does."""
+    return rope.inputs[1] is not None and past_key is not None
+
+
+def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """(seqlens_k, total_sequence_length): valid length - 1 of each row, never negative; and the capacity."""
+    first = graph[0]
+    offsets, lens = _input(graph, contract.SEQLEN_OFFSETS), _input(graph, contract.INPUT_LENS)
+    one = _constant(graph, "one_i32", ir.tensor([1], dtype=ir.DataType.INT32))
+    zero = _constant(graph, "zero_i32", ir.tensor([0], dtype=ir.DataType.INT32))
+    (total,) = insert(graph, first, "Add", [offsets, lens])
+    (last,) = insert(graph, first, "Sub", [total, one])
+    (seqlens_k,) = insert(graph, first, "Max", [last, zero])
+    cache = _input(graph, contract.state_names(0, "key")[0])
+    (capacity,) = insert(graph, first, "Shape", [cache], {"start": 2, "end": 3})
+    (capacity,) = insert(graph, first, "Squeeze", [capacity])
+    (capacity,) = insert(graph, first, "Cast", [capacity], {"to": ir.DataType.INT32})
+    return seqlens_k, capacity
+
+
+def _input(graph: ir.Graph, name: str) -> ir.Value:
+    return next(value for value in graph.inputs if value.name == name)
+
+
+def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    graph.initializers[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Model definitions in torch, written with markers: the reference that every compiled engine is held to."""

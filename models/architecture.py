@@ -1,0 +1,43 @@
+"""What the rest of Zonda knows of a model architecture: one `Architecture` value a family, made in its own file.
+
+It knows nothing of ONNX, engines or checkpoints' file formats; it only says how names and rows map.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class GgufLayout:
+    """How llama.cpp writes this family.
+
+    name: the value of `general.architecture`.
+    permuted: last module names (`q_proj`) whose rows are stored permuted for llama.cpp's interleaved RoPE.
+    config: metadata without the `{name}.` prefix -> entries of an HF config.json that the common mapping
+        does not produce (may be empty).
+    """
+
+    name: str
+    permuted: tuple[str, ...] = ()
+    config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One family: how to read its configuration, how to build its module.
+
+    names: entries of `architectures` in an HF config.json that this family serves.
+    read_config: config.json as a mapping -> the family's config dataclass; raises `ConfigError`.
+    build: (config, max_positions) -> the torch module, to be called under `torch.device("meta")` or not;
+        max_positions is the number of rows of its RoPE tables.
+    ignored: checkpoint tensors, as `fnmatch` patterns, that carry nothing (old rotary buffers).
+    """
+
+    names: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    build: Callable[[Any, int], nn.Module]
+    gguf: GgufLayout | None = None
+    ignored: tuple[str, ...] = ()

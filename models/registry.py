@@ -1,0 +1,39 @@
+"""The list of architectures. Adding a model: write its file, add its line here."""
+
+from .. import UnsupportedArchitectureError
+from .architecture import Architecture
+from .llama import LLAMA
+
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA,)
+
+GUIDE = "docs/adding-a-model.md"
+
+
+def find(name: str) -> Architecture:
+    """Return the architecture that serves the HF class name `name` (`LlamaForCausalLM`).
+
+    Raises:
+        UnsupportedArchitectureError: none does; the message lists the ones that exist.
+    """
+    for architecture in ARCHITECTURES:
+        if name in architecture.names:
+            return architecture
+    raise _unsupported(name, sorted(n for a in ARCHITECTURES for n in a.names))
+
+
+def find_gguf(name: str) -> Architecture:
+    """Return the architecture whose GGUF `general.architecture` is `name`.
+
+    Raises:
+        UnsupportedArchitectureError: none does; the message lists the ones that exist.
+    """
+    for architecture in ARCHITECTURES:
+        if architecture.gguf is not None and architecture.gguf.name == name:
+            return architecture
+    raise _unsupported(name, sorted(a.gguf.name for a in ARCHITECTURES if a.gguf is not None))
+
+
+def _unsupported(name: str, known: list[str]) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"architecture {name!r} is not supported; supported: {', '.join(known)}. To add it, see {GUIDE}"
+    )
