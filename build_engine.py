@@ -1,1 +1,179 @@
-"""placeholder"""
+"""Compile a checkpoint into an engine bundle: `python build_engine.py MODEL -o OUT`, or `zonda build`.
+
+This file parses arguments and says in which order the steps run; what the steps do lies in `models` and `export`.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from zonda import BuildError, ZondaError
+from zonda.runtime.manifest import Limits
+
+DEFAULT_CAPACITY = 4096
+TARGETS = ("onnxruntime",)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What the command line says. capacity 0 is min(max_position_embeddings, 4096)."""
+
+    target: str = "onnxruntime"
+    capacity: int = 0
+    max_batch: int = 8
+    max_chunk: int = 512
+    revision: str | None = None
+    offline: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    verify: str = "strict"
+
+
+class Steps:
+    """Says on a terminal which step runs and how long each took; says nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Time one step; a spinner while it runs."""
+        started = time.perf_counter()
+        if self._console.is_terminal:
+            with self._console.status(title):
+                yield
+            self._console.print(f"  {title} [dim]{time.perf_counter() - started:.1f} s[/dim]")
+        else:
+            yield
+
+
+def build_bundle(model: str, output: Path, options: BuildOptions, console: Console) -> Path | None:
+    """Run the steps; return the bundle's path, None after a dry run.
+
+    Raises:
+        ZondaError: whatever went wrong; no bundle was written, and one that was there is untouched.
+    """
+    import torch
+
+    from zonda.export import describe, plan, proof, universal, weights
+    from zonda.export import onnx_files as files
+    from zonda.export.bundle import list_files, refuse_existing, seal, staged
+    from zonda.export.lower import onnxruntime as lower
+    from zonda.models import registry
+    from zonda.models.checkpoints import open_checkpoint
+    from zonda.models.loading import match_parameters
+
+    if options.target not in TARGETS:
+        raise BuildError(f"unknown target {options.target!r}; known: {', '.join(TARGETS)}")
+    if options.verify not in ("strict", "off"):
+        raise BuildError(f"--verify is strict or off, found {options.verify!r}")
+    steps = Steps(console)
+    if not options.dry_run:
+        refuse_existing(output, overwrite=options.overwrite)
+    with steps.step("read the checkpoint"):
+        checkpoint = open_checkpoint(model, revision=options.revision, offline=options.offline)
+        architecture = registry.of_config(checkpoint.config)
+        config = architecture.read_config(checkpoint.config)
+        limits = _limits(config.max_position_embeddings, config.vocab_size, options)
+        with torch.device("meta"):
+            module = architecture.build(config, limits.capacity + limits.max_chunk)
+        names = match_parameters(module, checkpoint, architecture.ignored)
+    estimate = plan.make_plan(module, limits)
+    if options.dry_run:
+        console.print(describe.plan_page(estimate, checkpoint, limits), highlight=False)
+        return None
+    estimate.require(output.absolute().parent)
+    with staged(output.absolute(), overwrite=options.overwrite) as staging:
+        with steps.step("export to ONNX"):
+            graph = universal.export_universal(module)
+        with steps.step("lower for ONNX Runtime"):
+            lowered = lower.lower(graph)
+        with steps.step("write the weights"):
+            layout = weights.plan_layout(graph, lowered.packs)
+            load = files.tensor_source(module, checkpoint, names)
+            files.write(staging, graph, lowered.model, layout, load)
+        with steps.step("check the graphs"):
+            files.check(staging)
+        files.write_texts(staging, checkpoint)
+        if options.verify == "off":
+            parity = proof.unproven("off", "the build was told --verify off")
+        elif not estimate.provable:
+            parity = proof.unproven("pending", estimate.why_not_provable)
+        else:
+            with steps.step("prove the engine against the eager model"):
+                parity = proof.run(staging, module, checkpoint, load, limits)
+        with steps.step("seal the bundle"):
+            manifest = describe.make_manifest(
+                checkpoint, architecture.names[0], module, limits, parity, list_files(staging)
+            )
+            seal(staging, manifest)
+    return output
+
+
+def _limits(max_positions: int, vocab_size: int, options: BuildOptions) -> Limits:
+    capacity = options.capacity or min(max_positions, DEFAULT_CAPACITY)
+    if capacity > max_positions:
+        raise BuildError(f"--capacity {capacity} is more than the {max_positions} positions that the model knows")
+    for name, value in (("capacity", capacity), ("max-batch", options.max_batch), ("max-chunk", options.max_chunk)):
+        if value < 1:
+            raise BuildError(f"--{name} must be at least 1, found {value}")
+    chunk = min(options.max_chunk, capacity)
+    return Limits(capacity=capacity, max_batch=options.max_batch, max_chunk=chunk, vocab_size=vocab_size)
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file, or a hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the bundle goes.")],
+    target: Annotated[str, typer.Option(help=f"One of: {', '.join(TARGETS)}.")] = "onnxruntime",
+    capacity: Annotated[
+        int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
+    ] = 0,
+    max_batch: Annotated[int, typer.Option(help="Rows in one step.")] = 8,
+    max_chunk: Annotated[int, typer.Option(help="New tokens of a row in one step.")] = 512,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is in the local hub cache.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict sizes and memory, then stop.")] = False,
+    verify: Annotated[
+        str, typer.Option(help="strict: prove the engine against the eager model; off: do not, and record it.")
+    ] = "strict",
+) -> None:
+    """Compile MODEL into an engine bundle."""
+    signal.signal(signal.SIGTERM, _terminated)
+    console = Console(stderr=True)
+    options = BuildOptions(
+        target, capacity, max_batch, max_chunk, revision, offline, overwrite, dry_run, verify
+    )
+    try:
+        bundle = build_bundle(model, output, options, Console() if dry_run else console)
+    except ImportError as error:
+        console.print(f"error: {error.name or error} is missing: pip install 'zonda\\[build,cpu]'", style="red")
+        raise typer.Exit(1) from error
+    except ZondaError as error:
+        console.print("error:", str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        console.print("interrupted; no bundle was written", style="red")
+        raise typer.Exit(130) from None
+    if bundle is not None:
+        print(bundle)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """Leave through the same clean-up as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(build)
+    sys.exit(app())

@@ -95,5 +95,10 @@ def attach(model: ir.Model, layout: Layout, location: str) -> None:
         value = model.graph.initializers[name]
         offset, length = layout.offsets[name]
         value.const_value = ir.ExternalTensor(
-            location, offset, length, value.dtype, shape=value.shape, name=name  # type: ignore[arg-type]
+            location,
+            offset,
+            length,
+            value.dtype,
+            shape=value.shape,
+            name=name,  # type: ignore[arg-type]
         )

@@ -82,9 +82,7 @@ class Attention(nn.Module):
         self.scale = cfg.head_dim**-0.5
         self.rotary_emb = rotary_emb
 
-    def forward(
-        self, x: Tensor, seqlen_offsets: Tensor, start_offsets_kernel: Tensor, kv_cache: LayerCache
-    ) -> Tensor:
+    def forward(self, x: Tensor, seqlen_offsets: Tensor, start_offsets_kernel: Tensor, kv_cache: LayerCache) -> Tensor:
         """(B, S, H) -> (B, S, H)."""
         q, k = self.rotary_emb(self.q_proj(x), self.k_proj(x), start_offsets_kernel)
         keys, values = kv_cache.update(k, self.v_proj(x), seqlen_offsets)
@@ -118,9 +116,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = Mlp(cfg)
 
-    def forward(
-        self, x: Tensor, seqlen_offsets: Tensor, start_offsets_kernel: Tensor, kv_cache: LayerCache
-    ) -> Tensor:
+    def forward(self, x: Tensor, seqlen_offsets: Tensor, start_offsets_kernel: Tensor, kv_cache: LayerCache) -> Tensor:
         """(B, S, H) -> (B, S, H)."""
         x = x + self.self_attn(self.input_layernorm(x), seqlen_offsets, start_offsets_kernel, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))

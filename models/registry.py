@@ -1,6 +1,9 @@
 """The list of architectures. Adding a model: write its file, add its line here."""
 
-from .. import UnsupportedArchitectureError
+from collections.abc import Mapping
+from typing import Any
+
+from .. import ConfigError, UnsupportedArchitectureError
 from .architecture import Architecture
 from .llama import LLAMA
 
@@ -19,6 +22,19 @@ def find(name: str) -> Architecture:
         if name in architecture.names:
             return architecture
     raise _unsupported(name, sorted(n for a in ARCHITECTURES for n in a.names))
+
+
+def of_config(config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that an HF config.json names under `architectures`.
+
+    Raises:
+        ConfigError: it names none.
+        UnsupportedArchitectureError: none of those named is supported.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError("config.json: architectures must be a list with the model's class name")
+    return find(names[0])
 
 
 def find_gguf(name: str) -> Architecture:

@@ -63,7 +63,11 @@ def read_rope(config: ConfigReader, head_dim: int) -> RopeConfig:
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise config.error(f"RoPE turns pairs: {rotary_dim} of {head_dim} dimensions cannot be turned")
     rope = RopeConfig(
-        kind, source.number("rope_theta", 10_000.0), rotary_dim, config.integer("max_position_embeddings", 2048), scaling
+        kind,
+        source.number("rope_theta", 10_000.0),
+        rotary_dim,
+        config.integer("max_position_embeddings", 2048),
+        scaling,
     )
     rope.tables(1)
     return rope

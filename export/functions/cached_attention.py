@@ -58,7 +58,9 @@ def sinks_body(  # type: ignore[no-untyped-def]
     capped = op.Mul(op.Tanh(op.Div(plain, cap)), cap)
     logits = op.Where(op.Greater(op.Abs(cap), op.CastLike(op.Constant(value_float=0.0), q)), capped, plain)
     masked = op.Where(mask, logits, op.CastLike(op.Constant(value_float=float("-inf")), q))
-    column = op.Reshape(sinks, op.Concat(op.Constant(value_ints=[1]), kv_heads, groups, op.Constant(value_ints=[1, 1]), axis=0))
+    column = op.Reshape(
+        sinks, op.Concat(op.Constant(value_ints=[1]), kv_heads, groups, op.Constant(value_ints=[1, 1]), axis=0)
+    )
     batch = op.Shape(q, start=0, end=1)
     length = op.Shape(q, start=1, end=2)
     one = op.Constant(value_ints=[1])

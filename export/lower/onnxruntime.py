@@ -14,7 +14,9 @@ from ...runtime import contract
 from ..functions import DOMAIN
 from .rewrite import MICROSOFT, clean, insert, producer, replace
 
-_HEAD_DIM_MULTIPLE = 8  # what GroupQueryAttention's rotary kernel asks of head_dim
+# What GroupQueryAttention asks of head_dim, and more if it is to rotate.
+_HEAD_DIM_MULTIPLE = 8
+_ROTARY_HEAD_DIM_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def fuse_attention(graph: ir.Graph) -> None:
         past_value, value, _ = write_value.inputs
         query = node.inputs[0]
         rope = producer(query, "RoPE", DOMAIN)
-        rotated = rope is not None and key is rope.outputs[1] and _rotates(rope, past_key)
+        rotated = rope is not None and key is rope.outputs[1] and _rotates(past_key)
         cos = sin = None
         if rope is not None and rotated:
             query, key, cos, sin = rope.inputs[:4]
@@ -188,9 +190,9 @@ def _fits(write_key: ir.Node, write_value: ir.Node) -> bool:
     return key is not None and key == value and int(key[3]) % _HEAD_DIM_MULTIPLE == 0  # type: ignore[arg-type]
 
 
-def _rotates(rope: ir.Node, past_key: ir.Value | None) -> bool:
-    """Whether GroupQueryAttention's own rotary does what this RoPE does."""
-    return rope.inputs[1] is not None and past_key is not None
+def _rotates(past_key: ir.Value) -> bool:
+    """Whether GroupQueryAttention can rotate heads of this size itself."""
+    return int(past_key.shape[3]) % _ROTARY_HEAD_DIM_MULTIPLE == 0  # type: ignore[index,arg-type]
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:

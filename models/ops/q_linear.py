@@ -35,9 +35,7 @@ def dequantize(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int,
 
 
 @torch.library.custom_op("zonda::q_linear", mutates_args=())
-def q_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, block_size: int
-) -> Tensor:
+def q_linear(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, block_size: int) -> Tensor:
     """`x @ dequantize(…).T`.
 
     Args:

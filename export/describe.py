@@ -1,0 +1,129 @@
+"""Words and data about a build: the dry run's page and the manifest."""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+
+from torch import nn
+
+from .. import BuildError, __version__
+from ..models.cache import KvShape
+from ..models.checkpoints.base import Checkpoint
+from ..runtime import contract
+from ..runtime.manifest import (
+    SCHEMA,
+    Contract,
+    Graph,
+    Limits,
+    Manifest,
+    Parity,
+    Source,
+    StateSpec,
+    Target,
+    TensorSpec,
+)
+from .onnx_files import LOWERED, WEIGHTS
+from .plan import Plan, gigabytes, kv_bytes_per_token
+
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def plan_page(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> str:
+    """What `--dry-run` prints."""
+    row = plan.kv_per_token * (limits.capacity + limits.max_chunk)
+    lines = [
+        ("model", f"{checkpoint.source.name}: {plan.parameters:,} parameters, {checkpoint.source.format}"),
+        ("bundle on disk", gigabytes(plan.bundle)),
+        ("build memory, peak", f"at most {gigabytes(plan.build_memory)}"),
+        ("engine memory", f"at most {gigabytes(plan.engine_memory)} with one full row"),
+        ("KV cache", f"{plan.kv_per_token:,} bytes a token; {gigabytes(row)} a row of {limits.capacity} tokens"),
+        ("limits", f"capacity {limits.capacity}, batch {limits.max_batch}, chunk {limits.max_chunk}"),
+        ("proof", "here" if plan.provable else f"pending: {plan.why_not_provable}"),
+    ]
+    return "\n".join(f"{name:<20} {value}" for name, value in lines)
+
+
+def make_contract(shapes: list[KvShape], vocab_size: int) -> Contract:
+    """The graph contract of a model with these layers."""
+    inputs = tuple(
+        TensorSpec(role=role, name=role, dtype=dtype, shape=shape) for role, (dtype, shape) in contract.INPUTS.items()
+    )
+    states = []
+    for layer, shape in enumerate(shapes):
+        for kind, dim in (("key", shape.key_dim), ("value", shape.value_dim)):
+            before, after = contract.state_names(layer, kind)
+            dims = (contract.BATCH, shape.num_key_value_heads, contract.CAPACITY, dim)
+            states.append(
+                StateSpec(input=before, output=after, layer=layer, kind=kind, dtype="float32", shape=dims)  # type: ignore[arg-type]
+            )
+    logits = TensorSpec(
+        role=contract.LOGITS,
+        name=contract.LOGITS,
+        dtype="float32",
+        shape=(contract.BATCH, contract.NUM_LOGITS, vocab_size),
+    )
+    return Contract(layout=contract.LAYOUT, inputs=inputs, states=tuple(states), logits=logits)
+
+
+def make_manifest(
+    checkpoint: Checkpoint,
+    architecture: str,
+    module: nn.Module,
+    limits: Limits,
+    parity: Parity,
+    files: Mapping[str, int],
+) -> Manifest:
+    """The manifest of a bundle with the ONNX Runtime target."""
+    shapes: list[KvShape] = module.kv_shapes  # type: ignore[assignment]
+    source = checkpoint.source
+    graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
+    target = Target(
+        name="onnxruntime",
+        graphs=(graph,),
+        weights=(WEIGHTS,),
+        dtype="float32",
+        tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
+        parity=parity,
+    )
+    return Manifest(
+        schema=SCHEMA,
+        zonda_version=__version__,
+        kind=checkpoint.kind,
+        name=source.name,
+        architecture=architecture,
+        source=Source(
+            name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()
+        ),
+        parameters=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        contract=make_contract(shapes, limits.vocab_size),
+        limits=limits,
+        kv_bytes_per_token=kv_bytes_per_token(shapes),
+        quantization={"embedding": "float32", "linear": "float32", "norm": "float32", "kv": "float32"},
+        eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
+        targets=(target,),
+        files=dict(files),
+    )
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, object]:
+    try:
+        value = json.loads(checkpoint.files.get("generation_config.json", b"{}"))
+    except ValueError as error:
+        raise BuildError(f"generation_config.json is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def eos_token_ids(*configs: Mapping[str, object]) -> tuple[int, ...]:
+    """The ids that end a sequence: of the first of generation_config.json and config.json that names any.
+
+    Raises:
+        BuildError: what is named is not an id or a list of ids.
+    """
+    for config in configs:
+        value = config.get("eos_token_id")
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise BuildError(f"eos_token_id must be a token id or a list of them, found {value!r}")
+            return tuple(ids)
+    return ()

@@ -1,0 +1,77 @@
+"""The ONNX side of a bundle: `onnx/universal.onnx`, `onnx/onnxruntime.onnx`, and the one weight file both read."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from .. import BuildError
+from ..models.checkpoints.base import Checkpoint
+from .functions import MARKERS, register_schemas
+from .weights import Layout, attach, missing_data, write_weights
+
+DIRECTORY = "onnx"
+UNIVERSAL = f"{DIRECTORY}/universal.onnx"
+LOWERED = f"{DIRECTORY}/onnxruntime.onnx"
+WEIGHTS = f"{DIRECTORY}/weights.bin"
+
+
+def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str], Tensor]:
+    """A function: initialiser name -> tensor, from the checkpoint or, for RoPE tables, from the module.
+
+    Args:
+        module: built on the meta device; its tables are real.
+        checkpoint: where parameters come from.
+        names: parameter name -> checkpoint tensor name.
+    """
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+
+    def load(name: str) -> Tensor:
+        return buffers[name] if name in buffers else checkpoint.load(names[name])
+
+    return load
+
+
+def write(
+    staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]
+) -> None:
+    """Write the weight file and both graphs; tensors are converted to float32 one by one."""
+    (staging / DIRECTORY).mkdir()
+
+    def array(name: str) -> np.ndarray:
+        return np.ascontiguousarray(load(name).to(torch.float32).numpy())
+
+    write_weights(staging / WEIGHTS, layout, missing_data(universal), array)
+    for model, file in ((universal, UNIVERSAL), (lowered, LOWERED)):
+        attach(model, layout, Path(WEIGHTS).name)
+        (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def check(staging: Path) -> None:
+    """onnx's checker and strict shape inference on the universal graph.
+
+    Raises:
+        BuildError: the graph is not valid; a defect of the export, with onnx's words.
+    """
+    register_schemas(MARKERS)
+    path = staging / UNIVERSAL
+    try:
+        onnx.checker.check_model(path, full_check=False)
+        graph = onnx.load(path, load_external_data=False)
+        onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BuildError(f"the exported graph is not valid ONNX: {error}") from error
+
+
+def write_texts(staging: Path, checkpoint: Checkpoint) -> None:
+    """Write config.json, and the tokenizer, template and generation files that travel with the checkpoint."""
+    import json
+
+    config = json.dumps(checkpoint.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    for name, data in itertools.chain([("config.json", config.encode())], sorted(checkpoint.files.items())):
+        (staging / name).write_bytes(data)

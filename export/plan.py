@@ -1,0 +1,83 @@
+"""What a build will take, before it starts: disk, memory, and what a token costs at run time.
+
+Estimates are upper bounds from the tensors' sizes and constants measured on the build itself; a build that cannot
+fit is refused here, not after minutes.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from torch import nn
+
+from .. import BuildError
+from ..models.cache import KvShape
+from ..runtime.manifest import Limits
+
+_TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
+_GRAPH_BYTES_PER_LAYER = 1 << 20  # traced and translated graph, in memory
+_FILES_BYTES = 32 << 20  # tokenizer, graphs, manifest
+_ITEM = 4  # bytes of an element: the engine computes in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes, unless said otherwise.
+
+    bundle: on disk. build_memory: peak resident memory of the build itself. engine_memory: of the engine with one
+    row of full capacity, which the proof needs too. kv_per_token: of one row.
+    """
+
+    parameters: int
+    bundle: int
+    build_memory: int
+    engine_memory: int
+    kv_per_token: int
+    provable: bool
+    why_not_provable: str
+
+    def require(self, destination: Path) -> None:
+        """Raise `BuildError` if the disk of `destination` or this host's memory is too small."""
+        parent = next(p for p in (destination, *destination.parents) if p.exists())
+        free = shutil.disk_usage(parent).free
+        if self.bundle > free:
+            raise BuildError(f"the bundle needs {gigabytes(self.bundle)}, the disk of {parent} has {gigabytes(free)}")
+        available = psutil.virtual_memory().available
+        if self.build_memory > available:
+            raise BuildError(
+                f"the build needs {gigabytes(self.build_memory)} of memory, {gigabytes(available)} are available"
+            )
+
+
+def make_plan(model: nn.Module, limits: Limits) -> Plan:
+    """Predict from the model's shapes (on the meta device) and the limits asked for."""
+    unique = {id(tensor): tensor.numel() for tensor in model.parameters()}
+    tables = {id(tensor): tensor.numel() for tensor in model.buffers()}
+    largest = max(unique.values()) * _ITEM
+    weights = (sum(unique.values()) + sum(tables.values())) * _ITEM
+    shapes: list[KvShape] = model.kv_shapes  # type: ignore[assignment]
+    kv = kv_bytes_per_token(shapes)
+    row = kv * (limits.capacity + limits.max_chunk)
+    # mapped weights, their packed copies, a row of cache, logits and activations of a chunk
+    engine = 2 * weights + row + limits.vocab_size * _ITEM * limits.max_batch + (256 << 20)
+    build = _TOOLS_BYTES + len(shapes) * _GRAPH_BYTES_PER_LAYER + 2 * largest
+    available = psutil.virtual_memory().available
+    needed = _TOOLS_BYTES + engine
+    provable = needed <= available
+    why_not = "" if provable else f"it needs {gigabytes(needed)} of memory, the build host had {gigabytes(available)}"
+    peak = max(build, needed) if provable else build
+    return Plan(sum(unique.values()), weights + _FILES_BYTES, peak, engine, kv, provable, why_not)
+
+
+def kv_bytes_per_token(shapes: list[KvShape]) -> int:
+    """Bytes of cache that one token of one row takes, all layers together."""
+    return sum(s.num_key_value_heads * (s.key_dim + s.value_dim) for s in shapes) * _ITEM
+
+
+def gigabytes(size: int) -> str:
+    """`1.2 GB`, `340 MB`, `46 kB`: decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.{1 if unit == 'GB' else 0}f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,174 @@
+"""Loaders: from a bundle on disk to a Pipeline, one a kind of model.
+
+A loader chooses the target that this host can run best, opens its engine, and gives it the tokenizer, template and
+defaults that travel in the bundle.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+from tokenizers import Tokenizer
+
+from .. import BundleError, RequestError, TargetUnavailableError
+from .bundle import Bundle, open_bundle
+from .chat_template import ChatTemplate
+from .engines import Engine
+from .manifest import Limits, Target
+from .pipeline import Pipeline
+from .sampling import SamplingParams
+
+PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+"""Targets from best to most portable."""
+
+_INSTALL = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """See `Pipeline.load`."""
+
+    target: str | None = None
+    threads: int | None = None
+    capacity: int | None = None
+    max_batch: int | None = None
+
+
+class Loader(Protocol):
+    """Loads bundles of one kind."""
+
+    def load(self, bundle: Bundle, options: LoadOptions) -> Pipeline:
+        """Open an engine for `bundle`; errors as of `Pipeline.load`."""
+
+
+class NormalLoader:
+    """One decoder with one KV cache: a model as its authors published it, from a float or a quantised checkpoint."""
+
+    def load(self, bundle: Bundle, options: LoadOptions) -> Pipeline:
+        """See `Loader`."""
+        target, passed_over = choose_target(bundle, options.target)
+        limits = _limits(bundle, options)
+        engine = _open_engine(bundle, target, limits, options.threads)
+        manifest = bundle.manifest
+        return Pipeline(
+            engine,
+            _tokenizer(bundle),
+            eos_token_ids=manifest.eos_token_ids,
+            template=_template(bundle),
+            default_params=SamplingParams.from_generation_config(bundle.read_json("generation_config.json")),
+            bundle=bundle,
+            target=target.name,
+            passed_over=passed_over,
+        )
+
+
+LOADERS: dict[str, Loader] = {"normal": NormalLoader(), "gguf": NormalLoader()}
+"""Kind of a bundle -> its loader. LoRA and X-LoRA bundles will each have their own."""
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    target: str | None = None,
+    verify: Literal["quick", "full"] = "quick",
+    threads: int | None = None,
+    capacity: int | None = None,
+    max_batch: int | None = None,
+) -> Pipeline:
+    """See `Pipeline.load`."""
+    if verify not in ("quick", "full"):
+        raise RequestError(f"verify must be 'quick' or 'full', found {verify!r}")
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads must be at least 1, found {threads}")
+    bundle = open_bundle(path, full=verify == "full")
+    loader = LOADERS.get(bundle.manifest.kind)
+    if loader is None:
+        known = ", ".join(LOADERS)
+        raise BundleError(f"{path}: a bundle of kind {bundle.manifest.kind!r} has no loader here; known: {known}")
+    return loader.load(bundle, LoadOptions(target, threads, capacity, max_batch))
+
+
+def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str, str]]:
+    """The target to run, and why better ones were passed over.
+
+    An unproven target is passed over unless it is forced: a proven one beats an unproven faster one.
+
+    Raises:
+        TargetUnavailableError: none is left.
+    """
+    targets = {target.name: target for target in bundle.manifest.targets}
+    order = [name for name in PREFERENCE if name in targets] if forced is None else [forced]
+    reasons: dict[str, str] = {}
+    for name in order:
+        reason = _obstacle(targets.get(name), forced=forced is not None)
+        if reason is None:
+            return targets[name], reasons
+        reasons[name] = reason
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    raise TargetUnavailableError(
+        f"{bundle.path}: no target can run here; the bundle has {', '.join(targets) or 'none'}{lines}"
+    )
+
+
+def _obstacle(target: Target | None, *, forced: bool) -> str | None:
+    if target is None:
+        return "the bundle was not built for it; build again with --target"
+    module = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}.get(target.name)
+    if module is None:
+        return "this version of zonda does not know it"
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed; pip install 'zonda[{_INSTALL[target.name]}]'"
+    if target.name != "onnxruntime":
+        return "this version of zonda cannot run it yet"
+    if target.parity.status == "pending" and not forced:
+        return f"it has not been proven ({target.parity.reason}); force it with target={target.name!r}"
+    return None
+
+
+def _limits(bundle: Bundle, options: LoadOptions) -> Limits:
+    limits = bundle.manifest.limits
+    for name in ("capacity", "max_batch"):
+        wanted, built = getattr(options, name), getattr(limits, name)
+        if wanted is not None and not 1 <= wanted <= built:
+            raise RequestError(f"{name} must lie in [1, {built}], what the bundle was built for; found {wanted}")
+    return msgspec.structs.replace(
+        limits,
+        capacity=options.capacity or limits.capacity,
+        max_batch=options.max_batch or limits.max_batch,
+    )
+
+
+def _open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | None) -> Engine:
+    from .engines.onnxruntime import OnnxRuntimeEngine
+
+    (graph,) = target.graphs
+    return OnnxRuntimeEngine(bundle.file(graph.file), bundle.manifest.contract, limits, threads=threads)
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    text = bundle.read("tokenizer.json")
+    if text is None:
+        raise BundleError(f"{bundle.path} has no tokenizer.json")
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{bundle.path / 'tokenizer.json'} is not a tokenizer: {error}") from error
+
+
+def _template(bundle: Bundle) -> ChatTemplate | None:
+    source = bundle.read("chat_template.jinja")
+    if source is None:
+        return None
+    config: Mapping[str, Any] = bundle.read_json("tokenizer_config.json")
+    special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return ChatTemplate(source, **{name: text for name, text in special.items() if text is not None})
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token as tokenizer_config.json writes it: text, or an object with `content`."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,147 @@
+"""The bundle's manifest: everything a reader must know, as typed data.
+
+Schema policy: a reader takes the schema it was written for and every older one (there is none yet); a newer one is
+refused with the version to upgrade to. Within a schema fields may be added, never changed: unknown fields pass.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from .. import BundleError
+
+SCHEMA = 1
+
+Dimension = int | str
+"""A fixed size, or the name of a dynamic one (`contract.BATCH`, …)."""
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the weights came from; revision is the commit of a hub repository; sha256 is a weight file's, by name."""
+
+    name: str
+    format: str
+    revision: str | None = None
+    sha256: dict[str, str] = {}
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One token input: its role in the contract, its name in the graph."""
+
+    role: str
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One state tensor, bound in place: input and output are the same memory."""
+
+    input: str
+    output: str
+    layer: int
+    kind: Literal["key", "value"]
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+class Contract(msgspec.Struct, frozen=True, kw_only=True):
+    """What goes into a step and what comes out (docs/architecture.md)."""
+
+    layout: str
+    inputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    logits: TensorSpec
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """capacity: cached tokens a row. max_batch: rows a step. max_chunk: new tokens of a row in a step."""
+
+    capacity: int
+    max_batch: int
+    max_chunk: int
+    vocab_size: int
+
+
+class Graph(msgspec.Struct, frozen=True, kw_only=True):
+    """One compiled graph; role `any` serves prefill and decode. Ranges are inclusive (minimum, maximum)."""
+
+    role: Literal["any", "prefill", "decode"]
+    file: str
+    batch: tuple[int, int]
+    sequence: tuple[int, int]
+
+
+class Parity(msgspec.Struct, frozen=True, kw_only=True):
+    """The proof that this target computes what the eager model computes.
+
+    status: `passed`; `pending` when the build host could not run the target; `off` when the build was told not to.
+    """
+
+    status: Literal["passed", "pending", "off"]
+    reference: str = ""
+    reason: str = ""
+    tokens: int = 0
+    max_abs_error: float | None = None
+    max_abs_logit: float | None = None
+    tolerance: float | None = None
+    top1_agreement: float | None = None
+    near_ties: int = 0
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to run the bundle. weights: files that are mapped, not hashed, on load."""
+
+    name: str
+    graphs: tuple[Graph, ...]
+    weights: tuple[str, ...]
+    dtype: str
+    tool_versions: dict[str, str]
+    parity: Parity
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`manifest.json`. files: every other file of the bundle but SHA256SUMS, with its size in bytes."""
+
+    schema: int
+    zonda_version: str
+    kind: str
+    name: str
+    architecture: str
+    source: Source
+    parameters: int
+    contract: Contract
+    limits: Limits
+    kv_bytes_per_token: int
+    quantization: dict[str, str]
+    eos_token_ids: tuple[int, ...]
+    targets: tuple[Target, ...]
+    files: dict[str, int]
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
+    zonda_version: str = "unknown"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """manifest.json, the same bytes for the same manifest."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+    """Parse manifest.json.
+
+    Raises:
+        BundleError: not JSON, a field is missing or of the wrong type, or the schema is newer than this reader's.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Versioned)
+        if version.schema != SCHEMA:
+            raise BundleError(
+                f"manifest.json has schema {version.schema}, this version of zonda reads {SCHEMA}; "
+                f"use zonda {version.zonda_version} or newer, or build the bundle again"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"manifest.json is not readable: {error}") from error

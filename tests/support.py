@@ -1,0 +1,137 @@
+"""What several tests share: random models that are not blind, executors with one face, and the six scenarios."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from zonda.export import onnx_files
+from zonda.export.describe import make_contract
+from zonda.export.lower.onnxruntime import lower
+from zonda.export.universal import export_universal
+from zonda.export.weights import plan_layout
+from zonda.models.cache import Cache
+from zonda.runtime import contract
+from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from zonda.runtime.engines.ort import onnxruntime as ort
+from zonda.runtime.manifest import Limits
+
+RELATIVE_TOLERANCE = 1e-5
+"""Of the largest |logit|: float32 noise of these models is 1.5e-6 of it, eps × 10 moves logits by 100 times more."""
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Weights that make every part of a model count: with default initialisation a wrong RoPE base goes unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "embed" in name:
+            parameter.normal_(0, 1, generator=generator)
+        elif parameter.ndim == 2:
+            parameter.normal_(0, 2 / parameter.shape[1] ** 0.5, generator=generator)
+        elif "norm" in name:
+            parameter.normal_(1, 0.2, generator=generator)
+        else:
+            parameter.normal_(0, 0.2, generator=generator)
+
+
+class Executor(Protocol):
+    """Anything that runs steps of the graph contract over its own rows."""
+
+    def step(self, ids: np.ndarray, offsets: np.ndarray, lens: np.ndarray, positions: np.ndarray) -> np.ndarray: ...
+
+
+class Eager:
+    def __init__(self, model: nn.Module, rows: int, capacity: int) -> None:
+        self.model = model
+        dtype = next(model.parameters()).dtype
+        self.cache = Cache.zeros(model.kv_shapes, rows, capacity, dtype)
+
+    def step(self, ids, offsets, lens, positions):
+        start = offsets[:, None] + np.arange(ids.shape[1])
+        arguments = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, offsets, start, lens, positions)]
+        with torch.no_grad():
+            return self.model(*arguments, self.cache).numpy()
+
+
+class PlainOnnx:
+    """A graph of the contract on ONNX Runtime as any user would run it: no binding, states passed by hand."""
+
+    def __init__(self, path: Path, kv_shapes: Sequence[Any], rows: int, capacity: int) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(path, options)
+        self.states = {}
+        for layer, s in enumerate(kv_shapes):
+            for kind, dim in (("key", s.key_dim), ("value", s.value_dim)):
+                shape = (rows, s.num_key_value_heads, capacity, dim)
+                self.states[contract.state_names(layer, kind)] = np.zeros(shape, np.float32)
+
+    def step(self, ids, offsets, lens, positions):
+        start = offsets[:, None].astype(np.int64) + np.arange(ids.shape[1])
+        feed = dict(zip(contract.INPUTS, (ids, offsets, start, lens, positions), strict=True))
+        feed |= {name: value for (name, _), value in self.states.items()}
+        logits, *presents = self.session.run([contract.LOGITS, *(after for _, after in self.states)], feed)
+        self.states = dict(zip(self.states, presents, strict=True))
+        return logits
+
+
+class Lowered:
+    def __init__(self, engine: OnnxRuntimeEngine, rows: int) -> None:
+        self.engine = engine
+        self.cache = engine.allocate(rows)
+
+    def step(self, ids, offsets, lens, positions):
+        return self.engine.step(self.cache, 0, ids, offsets, lens, positions).copy()
+
+
+SCENARIOS: dict[str, list[list[int]]] = {
+    "prefill": [[24]],
+    "decode": [[5], *[[1]] * 19],
+    "ragged batch of 4": [[9, 2, 13, 6], *[[1, 1, 1, 1]] * 8],
+    "chunked prefill": [[7], [7], [7], [3]],
+    "continuation after decode": [[6], [1], [1], [1], [8], [1], [1]],
+    "batch with idle rows": [[8, 0, 3, 5], [1, 4, 0, 1], [0, 1, 1, 0], [3, 0, 1, 7], [1, 1, 1, 0]],
+}
+"""Name -> steps; a step gives how many new tokens each row brings."""
+
+
+def run_scenario(executor: Executor, tokens: np.ndarray, steps: list[list[int]]) -> list[np.ndarray]:
+    """Feed `tokens` (B, N) step by step, teacher-forced; return each row's logits, (tokens fed, V)."""
+    offsets = np.zeros(len(tokens), np.int32)
+    collected: list[list[np.ndarray]] = [[] for _ in tokens]
+    for step in steps:
+        lens = np.array(step, np.int32)
+        width = int(lens.max())
+        ids = np.zeros((len(tokens), width), np.int64)
+        for row, (offset, length) in enumerate(zip(offsets, lens, strict=True)):
+            ids[row, :length] = tokens[row, offset : offset + length]
+        positions = np.arange(width)[None].repeat(len(tokens), 0)
+        logits = executor.step(ids, offsets, lens, positions)
+        for row, length in enumerate(lens):
+            collected[row].append(logits[row, :length])
+        offsets = offsets + lens
+    return [np.concatenate(parts) for parts in collected]
+
+
+def export_graphs(directory: Path, build: Callable[[int], nn.Module], load: Callable[[str], torch.Tensor], rows: int) -> nn.Module:
+    """Write universal and lowered graph with their weights into `directory`; return the meta-device module."""
+    with torch.device("meta"):
+        module = build(rows)
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    universal = export_universal(module)
+    lowered = lower(universal)
+    layout = plan_layout(universal, lowered.packs)
+    onnx_files.write(
+        directory, universal, lowered.model, layout, lambda name: buffers[name] if name in buffers and not buffers[name].is_meta else load(name)
+    )
+    return module
+
+
+def open_engine(directory: Path, module: nn.Module, vocab_size: int, *, capacity: int, max_batch: int = 4, max_chunk: int = 32) -> OnnxRuntimeEngine:
+    limits = Limits(capacity=capacity, max_batch=max_batch, max_chunk=max_chunk, vocab_size=vocab_size)
+    spec = make_contract(module.kv_shapes, vocab_size)
+    return OnnxRuntimeEngine(directory / onnx_files.LOWERED, spec, limits, threads=1)
