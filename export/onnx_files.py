@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from torch import Tensor, nn
 
 from .. import BuildError
@@ -40,11 +39,12 @@ def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str,
 def write(
     staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]
 ) -> None:
-    """Write the weight file and both graphs; tensors are converted to float32 one by one."""
+    """Write the weight file and both graphs; floating tensors become float32 one by one, integer codes stay."""
     (staging / DIRECTORY).mkdir()
 
     def array(name: str) -> np.ndarray:
-        return np.ascontiguousarray(load(name).to(torch.float32).numpy())
+        tensor = load(name)
+        return np.ascontiguousarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
     write_weights(staging / WEIGHTS, layout, missing_data(universal), array)
     for model, file in ((universal, UNIVERSAL), (lowered, LOWERED)):

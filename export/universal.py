@@ -63,8 +63,9 @@ def export_universal(model: nn.Module) -> ir.Model:
         onnxscript.optimizer.optimize_ir(program)
     for value in [v for v in graph.initializers.values() if v.const_value is None]:
         value.name = str(value.name).removeprefix("inner.")
+    _retype_nibbles(program)
     _attach_bodies(program)
-    common_passes.ClearMetadataAndDocStringPass()(program)
+    _forget_origins(program)
     _name_nodes(program)
     program.ir_version = IR_VERSION
     program.producer_name, program.producer_version = "zonda", None
@@ -110,6 +111,16 @@ def _run_exporter(model: nn.Module) -> ir.Model:
     return program.model
 
 
+def _retype_nibbles(program: ir.Model) -> None:
+    """Declare packed 4-bit codes as what their bytes are to ONNX: an INT4 tensor (N, K), low nibble first."""
+    for node in program.graph:
+        if node.domain == DOMAIN and node.op_type == "QLinear" and node.attributes["bits"].as_int() == 4:
+            codes = node.inputs[1]
+            if codes is not None and codes.dtype == ir.DataType.UINT8:
+                rows, half = codes.shape.numpy()  # type: ignore[union-attr]
+                codes.type, codes.shape = ir.TensorType(ir.DataType.INT4), ir.Shape([rows, 2 * half])
+
+
 def _attach_bodies(program: ir.Model) -> None:
     """Give each marker node the overload that fits its inputs, and the model the bodies that are used."""
     markers = {marker.name: marker for marker in MARKERS}
@@ -124,6 +135,16 @@ def _attach_bodies(program: ir.Model) -> None:
                 for index, inner in enumerate(body):
                     inner.name = f"{marker.name}{overload and '_' + overload}_{index}_{inner.op_type}"
                 program.functions[body.identifier()] = body
+
+
+def _forget_origins(program: ir.Model) -> None:
+    """Drop the exporter's notes on every node and value: they hold names and traces of the exporting process."""
+    common_passes.ClearMetadataAndDocStringPass()(program)
+    graph = program.graph
+    outputs = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *outputs):
+        value.metadata_props.clear()
+        value.doc_string = None
 
 
 def _name_nodes(program: ir.Model) -> None:

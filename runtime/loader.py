@@ -103,7 +103,7 @@ def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str,
     order = [name for name in PREFERENCE if name in targets] if forced is None else [forced]
     reasons: dict[str, str] = {}
     for name in order:
-        reason = _obstacle(targets.get(name), forced=forced is not None)
+        reason = obstacle(targets.get(name), forced=forced is not None)
         if reason is None:
             return targets[name], reasons
         reasons[name] = reason
@@ -113,7 +113,8 @@ def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str,
     )
 
 
-def _obstacle(target: Target | None, *, forced: bool) -> str | None:
+def obstacle(target: Target | None, *, forced: bool) -> str | None:
+    """Why a target of a bundle cannot be loaded on this host, None if it can; forced: unproven ones may be."""
     if target is None:
         return "the bundle was not built for it; build again with --target"
     module = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}.get(target.name)

@@ -1,0 +1,219 @@
+"""The command `zonda`: generate, chat and inspect on a bundle, and whatever other packages' rooms add.
+
+Commands that need more than the runtime are entry points of the group `zonda.commands`; they are imported only when
+they are called, so `zonda generate` never pays for torch.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from .. import ZondaError, __version__
+from .generation import Chunk, Completion
+from .sampling import SamplingParams
+
+_GROUP = "zonda.commands"
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands of this file and those of the entry points, loaded by name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names only; nothing is imported."""
+        return sorted({*super().list_commands(ctx), *(point.name for point in metadata.entry_points(group=_GROUP))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command; an entry point's function is imported here."""
+        command = super().get_command(ctx, cmd_name)
+        points = metadata.entry_points(group=_GROUP, name=cmd_name)
+        if command is not None or not points:
+            return command
+        try:
+            function = next(iter(points)).load()
+        except ImportError as error:
+            raise click.ClickException(f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'") from error
+        extra = typer.Typer(add_completion=False)
+        extra.command(name=cmd_name)(function)
+        return typer.main.get_command(extra)
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+BundleArgument = Annotated[Path, typer.Argument(help="An engine bundle.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Penalty = Annotated[float | None, typer.Option(help="Repetition penalty; 1 is none.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
+Threads = Annotated[int | None, typer.Option(help="Compute threads; one a physical core if not given.")]
+TargetOption = Annotated[str | None, typer.Option(help="Force a target of the bundle.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Language models compiled ahead of time."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or none reads standard input.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    target: TargetOption = None,
+    timings: Annotated[bool, typer.Option("--timings", help="Print tokens per second on standard error.")] = False,
+) -> None:
+    """Continue a prompt, streaming to the terminal."""
+    from .pipeline import Pipeline
+
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    assert text is not None
+    with Pipeline.load(bundle, threads=threads, target=target) as pipeline:
+        params = _params(
+            pipeline.default_params,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=tuple(stop) if stop else None,
+        )
+        if timings:
+            result = pipeline.generate(text, params)
+            print(result.text)
+            _print_timings(result)
+        else:
+            _write(pipeline.stream(text, params))
+
+
+@app.command()
+def chat(
+    bundle: BundleArgument,
+    system: Annotated[str | None, typer.Option(help="A system message in front of the conversation.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    target: TargetOption = None,
+) -> None:
+    """Talk to the model, one line a turn; Ctrl-C stops an answer, Ctrl-D or an empty line ends the conversation."""
+    from .pipeline import Pipeline
+
+    with Pipeline.load(bundle, threads=threads, target=target) as pipeline:
+        params = _params(
+            pipeline.default_params,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        session = pipeline.session()
+        if system is not None:
+            session.messages.append({"role": "system", "content": system})
+        for line in _lines():
+            chunks = session.stream(line, params)
+            try:
+                _write(chunks)
+            except KeyboardInterrupt:
+                chunks.close()  # type: ignore[attr-defined]
+                print()
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    json_output: Annotated[bool, typer.Option("--json", help="The manifest, as JSON.")] = False,
+) -> None:
+    """Say what a bundle is and where it can run."""
+    from .bundle import open_bundle
+    from .inspection import inspection_page
+    from .manifest import encode
+
+    opened = open_bundle(bundle)
+    if json_output:
+        sys.stdout.write(encode(opened.manifest).decode())
+    else:
+        Console().print(inspection_page(opened))
+
+
+def main() -> None:
+    """The entry point: typed errors become one line on standard error and exit status 1."""
+    try:
+        app()
+    except ZondaError as error:
+        Console(stderr=True).print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+
+
+def _params(default: SamplingParams, **options: Any) -> SamplingParams:
+    """The bundle's defaults with what the command line says; a temperature of 0 also drops the sampling defaults."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("temperature") == 0:
+        default = SamplingParams(temperature=0.0)
+    return default.replace(**given)
+
+
+def _write(chunks: Iterable[Chunk]) -> None:
+    for chunk in chunks:
+        sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _lines() -> Iterator[str]:
+    """Turns of the user; a prompt is shown on a terminal only."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            return
+        if not line.strip():
+            return
+        yield line.rstrip("\n")
+
+
+def _print_timings(result: Completion) -> None:
+    t = result.timings
+    Console(stderr=True).print(
+        f"prefill {t.prompt_tokens} tokens at {t.prefill_tokens_per_s:.0f}/s, "
+        f"decode {t.generated_tokens} tokens at {t.decode_tokens_per_s:.0f}/s",
+        highlight=False,
+    )
