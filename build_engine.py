@@ -150,9 +150,7 @@ def build(
     """Compile MODEL into an engine bundle."""
     signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True)
-    options = BuildOptions(
-        target, capacity, max_batch, max_chunk, revision, offline, overwrite, dry_run, verify
-    )
+    options = BuildOptions(target, capacity, max_batch, max_chunk, revision, offline, overwrite, dry_run, verify)
     try:
         bundle = build_bundle(model, output, options, Console() if dry_run else console)
     except ImportError as error:

@@ -91,9 +91,7 @@ def make_manifest(
         kind=checkpoint.kind,
         name=source.name,
         architecture=architecture,
-        source=Source(
-            name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()
-        ),
+        source=Source(name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()),
         parameters=sum({id(p): p.numel() for p in module.parameters()}.values()),
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,

@@ -36,9 +36,7 @@ def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str,
     return load
 
 
-def write(
-    staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]
-) -> None:
+def write(staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]) -> None:
     """Write the weight file and both graphs; floating tensors become float32 one by one, integer codes stay."""
     (staging / DIRECTORY).mkdir()
 

@@ -3,6 +3,7 @@
 It knows nothing of ONNX, engines or checkpoints' file formats; it only says how names and rows map.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,23 @@ class GgufLayout:
     """How llama.cpp writes this family.
 
     name: the value of `general.architecture`.
+    tensors: module names, GGUF's -> the checkpoint's; `{}` stands for the layer number in both.
     permuted: last module names (`q_proj`) whose rows are stored permuted for llama.cpp's interleaved RoPE.
     config: metadata without the `{name}.` prefix -> entries of an HF config.json that the common mapping
-        does not produce (may be empty).
+        does not produce.
     """
 
     name: str
+    tensors: Mapping[str, str]
     permuted: tuple[str, ...] = ()
     config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+    def hf_name(self, name: str) -> str | None:
+        """The checkpoint's name of a GGUF tensor: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+        module, _, kind = name.rpartition(".")
+        layer = re.match(r"blk\.(\d+)\.", module)
+        known = self.tensors.get(re.sub(r"^blk\.\d+\.", "blk.{}.", module))
+        return f"{known.format(layer[1] if layer else '')}.{kind}" if known is not None else None
 
 
 @dataclass(frozen=True, slots=True)

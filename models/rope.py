@@ -152,6 +152,12 @@ def _longrope(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:
     return 1.0 / (stretch * _frequencies(rope.theta, rope.rotary_dim)), read.number("attention_factor", attention)
 
 
+def _factors(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:
+    """A divisor a frequency, as llama.cpp stores the llama3 scaling in a GGUF (`rope_freqs.weight`)."""
+    inverse, _ = _default(rope, positions)
+    return inverse / torch.tensor(rope.scaling.numbers("factors", rope.rotary_dim // 2), device="cpu"), 1.0
+
+
 _SCALINGS: dict[str, Callable[[RopeConfig, int], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
@@ -159,4 +165,5 @@ _SCALINGS: dict[str, Callable[[RopeConfig, int], tuple[Tensor, float]]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "factors": _factors,
 }

@@ -37,7 +37,9 @@ class _Commands(typer.core.TyperGroup):
         try:
             function = next(iter(points)).load()
         except ImportError as error:
-            raise click.ClickException(f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'") from error
+            raise click.ClickException(
+                f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'"
+            ) from error
         extra = typer.Typer(add_completion=False)
         extra.command(name=cmd_name)(function)
         return typer.main.get_command(extra)

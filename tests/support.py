@@ -117,7 +117,9 @@ def run_scenario(executor: Executor, tokens: np.ndarray, steps: list[list[int]])
     return [np.concatenate(parts) for parts in collected]
 
 
-def export_graphs(directory: Path, build: Callable[[int], nn.Module], load: Callable[[str], torch.Tensor], rows: int) -> nn.Module:
+def export_graphs(
+    directory: Path, build: Callable[[int], nn.Module], load: Callable[[str], torch.Tensor], rows: int
+) -> nn.Module:
     """Write universal and lowered graph with their weights into `directory`; return the meta-device module."""
     with torch.device("meta"):
         module = build(rows)
@@ -126,12 +128,18 @@ def export_graphs(directory: Path, build: Callable[[int], nn.Module], load: Call
     lowered = lower(universal)
     layout = plan_layout(universal, lowered.packs)
     onnx_files.write(
-        directory, universal, lowered.model, layout, lambda name: buffers[name] if name in buffers and not buffers[name].is_meta else load(name)
+        directory,
+        universal,
+        lowered.model,
+        layout,
+        lambda name: buffers[name] if name in buffers and not buffers[name].is_meta else load(name),
     )
     return module
 
 
-def open_engine(directory: Path, module: nn.Module, vocab_size: int, *, capacity: int, max_batch: int = 4, max_chunk: int = 32) -> OnnxRuntimeEngine:
+def open_engine(
+    directory: Path, module: nn.Module, vocab_size: int, *, capacity: int, max_batch: int = 4, max_chunk: int = 32
+) -> OnnxRuntimeEngine:
     limits = Limits(capacity=capacity, max_batch=max_batch, max_chunk=max_chunk, vocab_size=vocab_size)
     spec = make_contract(module.kv_shapes, vocab_size)
     return OnnxRuntimeEngine(directory / onnx_files.LOWERED, spec, limits, threads=1)

@@ -94,9 +94,7 @@ def test_a_tied_head_is_stored_once(exported):
 
 def test_packed_weights_are_ranges_over_the_same_bytes(exported):
     universal, lowered = (ir.load(exported[0] / f).graph for f in (UNIVERSAL, LOWERED))
-    parts = [
-        universal.initializers[f"model.layers.0.self_attn.{p}_proj.weight"].const_value.numpy() for p in "qkv"
-    ]
+    parts = [universal.initializers[f"model.layers.0.self_attn.{p}_proj.weight"].const_value.numpy() for p in "qkv"]
     packed = lowered.initializers["model.layers.0.self_attn.q_proj.weight.packed"].const_value.numpy()
     np.testing.assert_array_equal(packed, np.concatenate(parts))
 

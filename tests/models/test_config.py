@@ -23,7 +23,9 @@ def test_defaults_are_those_of_the_family():
     assert not config.attention_bias
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+)
 def test_a_missing_key_is_named(key):
     with pytest.raises(ConfigError, match=f"the key '{key}' is missing"):
         LlamaConfig.read({k: v for k, v in GOOD.items() if k != key})

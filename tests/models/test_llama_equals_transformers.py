@@ -92,7 +92,9 @@ def test_scenario(case, execution, scenario):
         np.testing.assert_allclose(logits, reference[row, : len(logits)], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("change", [{"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}, {"rms_norm_eps": 1e-4}])
+@pytest.mark.parametrize(
+    "change", [{"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}, {"rms_norm_eps": 1e-4}]
+)
 def test_the_tolerance_sees_a_wrong_constant(change):
     """rope_theta × 2 (the default is 1e4) and eps × 10 each move the logits beyond the tolerance."""
     hf = hf_model(BASE)

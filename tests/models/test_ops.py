@@ -110,7 +110,10 @@ def test_kv_cache_update_refuses_to_write_past_the_end():
 def test_cached_attention_is_softmax_over_the_visible_keys(window, softcap, with_sinks):
     heads, kv_heads, dim, value_dim = 4, 2, 4, 6
     q = normal(2, 3, heads * dim, dtype=torch.float64)
-    key, value = normal(2, kv_heads, 9, dim, dtype=torch.float64), normal(2, kv_heads, 9, value_dim, dtype=torch.float64)
+    key, value = (
+        normal(2, kv_heads, 9, dim, dtype=torch.float64),
+        normal(2, kv_heads, 9, value_dim, dtype=torch.float64),
+    )
     sinks = normal(heads, dtype=torch.float64) if with_sinks else None
     found = ops.cached_attention(q, key, value, POSITIONS, sinks, heads, 0.7, window, softcap)
     wanted = np.zeros((2, 3, heads, value_dim))
@@ -140,7 +143,9 @@ def test_q_linear_is_codes_times_scales_plus_offsets(bits):
     else:
         stored = torch.from_numpy(codes.astype(np.int8))
     assert torch.equal(unpack(stored, bits), torch.from_numpy(codes.astype(np.int8)))
-    found = ops.q_linear(*(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in (x, stored, scales, offsets)), bits, block)
+    found = ops.q_linear(
+        *(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in (x, stored, scales, offsets)), bits, block
+    )
     np.testing.assert_allclose(found.numpy(), x @ weight.T, rtol=1e-10)
 
 

@@ -87,7 +87,10 @@ def test_partial_rotary_turns_fewer_dimensions():
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type must be one of"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a positive number"),
-        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "list of 16 numbers"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "list of 16 numbers",
+        ),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
         ({"partial_rotary_factor": 0.1}, "turns pairs"),
         ({"rope_scaling": "linear"}, "expected an object"),

@@ -1,0 +1,44 @@
+"""Reading checkpoints: HF folders with safetensors, GGUF files, hub ids. Nothing here runs code from a checkpoint.
+
+The formats' files are not trusted: every count, length and offset in them is checked against the file before it is
+used, and whatever is wrong is one `CheckpointError` that names the file and the place.
+"""
+
+from pathlib import Path
+
+from ... import CheckpointError
+from .base import Checkpoint
+from .folder import FolderCheckpoint
+from .gguf import GgufCheckpoint
+from .hub import download, is_hub_id
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
+    """Open a checkpoint for reading; weights stay in their files until they are loaded.
+
+    Args:
+        source: a folder with config.json and safetensors, a `.gguf` file, or a hub id `organisation/name`.
+        revision: of a hub id: a branch, tag or commit.
+        offline: of a hub id: use the local cache only.
+
+    Raises:
+        CheckpointError: it is not there, or it is not sound.
+        ConfigError, UnsupportedArchitectureError: a GGUF describes a model that Zonda does not have.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GgufCheckpoint(path)
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            raise CheckpointError(
+                f"{path} is a pickle, and loading a pickle runs the code in it; convert to safetensors"
+            )
+        raise CheckpointError(f"{path}: expected a folder, a .gguf file, or a hub id")
+    if is_hub_id(str(source)):
+        folder, commit = download(str(source), revision=revision, offline=offline)
+        return FolderCheckpoint(folder, name=str(source), revision=commit)
+    raise CheckpointError(f"{source}: there is no such file or folder, and it is no hub id (organisation/name)")

@@ -1,0 +1,127 @@
+"""An HF folder: config.json, safetensors in one file or in shards, tokenizer files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ... import CheckpointError
+from .base import TEXT_FILES, CheckpointSource, TensorInfo, files_sha256
+from .safetensors import SafetensorsFile
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_TEXT = 64 << 20
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class FolderCheckpoint:
+    """See `Checkpoint`."""
+
+    kind: Literal["normal", "gguf"] = "normal"
+
+    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None) -> None:
+        """Read the folder's JSON files and the headers of its weight files.
+
+        Raises:
+            CheckpointError: a file is missing or unsound; the message says which.
+        """
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} has no config.json, so it is not an HF checkpoint folder")
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        self._files = {file: SafetensorsFile(path / file) for file in _weight_files(path)}
+        self._place = _place_tensors(path, self._files)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: self._files[file].tensors[name] for name, file in self._place.items()
+        }
+        stored = sorted({info.stored for info in self.tensors.values()})
+        self.source = CheckpointSource(name or path.resolve().name, f"safetensors {' '.join(stored)}", revision)
+        self.files: Mapping[str, bytes] = _text_files(path)
+
+    def load(self, name: str) -> Tensor:
+        """See `Checkpoint`."""
+        return self._files[self._place[name]].load(name)
+
+    def sha256(self) -> dict[str, str]:
+        """See `Checkpoint`."""
+        return files_sha256([file.path for file in self._files.values()])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: too large, not UTF-8, not JSON, or not an object.
+    """
+    if path.stat().st_size > _MAX_TEXT:
+        raise CheckpointError(f"{path} is too large to be what it is called")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / _INDEX).is_file():
+        weight_map = read_json(path / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{path / _INDEX}: weight_map must map tensor names to file names")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+                raise CheckpointError(f"{path / _INDEX}: {shard!r} is not a plain file name in this folder")
+            if not (path / shard).is_file():
+                raise CheckpointError(f"{path / _INDEX} lists {shard}, which is not there; download it again")
+        return shards
+    if (path / _SINGLE).is_file():
+        return [_SINGLE]
+    pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
+    if pickles:
+        raise CheckpointError(
+            f"{path} holds its weights as a pickle ({pickles[0]}), and loading a pickle runs the code in it; "
+            "use a revision with safetensors, or convert it in an environment you trust"
+        )
+    raise CheckpointError(f"{path} has no {_SINGLE} and no {_INDEX}")
+
+
+def _place_tensors(path: Path, files: Mapping[str, SafetensorsFile]) -> dict[str, str]:
+    """Tensor name -> file. With an index, files and index must say the same."""
+    place: dict[str, str] = {}
+    for file, content in files.items():
+        for name in content.tensors:
+            if name in place:
+                raise CheckpointError(f"{path}: the tensor {name} is in {place[name]} and in {file}")
+            place[name] = file
+    if (path / _INDEX).is_file():
+        listed: dict[str, str] = read_json(path / _INDEX)["weight_map"]
+        for name in sorted(set(listed) | set(place)):
+            if listed.get(name) != place.get(name):
+                where = place.get(name, "no file")
+                raise CheckpointError(f"{path / _INDEX}: {name} should be in {listed.get(name)}, it is in {where}")
+    return place
+
+
+def _text_files(path: Path) -> dict[str, bytes]:
+    """The text files that travel; a chat template inside tokenizer_config.json becomes a file of its own."""
+    files = {name: _bounded(path / name) for name in TEXT_FILES if (path / name).is_file()}
+    if "tokenizer_config.json" in files:
+        config = read_json(path / "tokenizer_config.json")
+        template = config.pop("chat_template", None)
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        if isinstance(template, str) and "chat_template.jinja" not in files:
+            files["chat_template.jinja"] = template.encode()
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    return files
+
+
+def _bounded(path: Path) -> bytes:
+    if path.stat().st_size > _MAX_TEXT:
+        raise CheckpointError(f"{path} is too large to be what it is called")
+    return path.read_bytes()
