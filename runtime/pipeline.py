@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from tokenizers import Tokenizer
 
@@ -19,6 +19,9 @@ from .chat_template import ChatTemplate
 from .engines import Engine, KvCache
 from .generation import Chunk, Completion, GenerationSequence, Generator
 from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .session import Session
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]

@@ -68,7 +68,7 @@ class GgufCheckpoint:
         if len(parts) > 1 and parts[-2] in self._layout.permuted:
             heads = "num_key_value_heads" if parts[-2] == "k_proj" else "num_attention_heads"
             array = _unpermute(array, self.config[heads])
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
     def sha256(self) -> dict[str, str]:
         """See `Checkpoint`."""

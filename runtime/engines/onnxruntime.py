@@ -4,6 +4,9 @@ Inputs and logits live in buffers whose addresses never change; a binding a (cac
 tensors, and a step only writes the small inputs and, when its shape differs from the last, binds them again.
 """
 
+import itertools
+import math
+import mmap
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,27 @@ from . import Float32, Int32, Int64, KvCache, check_step
 from .ort import onnxruntime as ort
 
 
+_ALIGNMENT = 64
+
+
 class HostKvCache:
     """KV buffers in host memory: one (rows, Hkv, C, D) array a state tensor, C = capacity + max_chunk.
 
-    The tail is scratch, so that a padded chunk always fits. Memory is touched, and so taken, as tokens arrive.
+    The tail is scratch, so that a padded chunk always fits. The arrays are views of one anonymous mapping, whose
+    pages are zero and are taken as tokens arrive. (numpy's own zeros asks for huge pages, and then the first token of
+    each head takes 2 MB.)
     """
 
     def __init__(self, spec: Contract, limits: Limits, rows: int) -> None:
         dimensions = {contract.BATCH: rows, contract.CAPACITY: limits.capacity + limits.max_chunk}
         self.rows = rows
+        shapes = [tuple(dimensions[d] if isinstance(d, str) else d for d in state.shape) for state in spec.states]
+        sizes = [math.prod(shape) * np.dtype(s.dtype).itemsize for shape, s in zip(shapes, spec.states, strict=True)]
+        places = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+        memory = mmap.mmap(-1, places[-1])
         self.buffers = [
-            np.zeros([dimensions[d] if isinstance(d, str) else d for d in state.shape], state.dtype)
-            for state in spec.states
+            np.frombuffer(memory, state.dtype, math.prod(shape), place).reshape(shape)
+            for state, shape, place in zip(spec.states, shapes, places[:-1], strict=True)
         ]
         self.bindings: dict[tuple[int, int], _Binding] = {}
 
