@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping
 from importlib import metadata
 
-from torch import nn
-
 from .. import BuildError, __version__
+from ..models.architecture import CausalModel
 from ..models.cache import KvShape
 from ..models.checkpoints.base import Checkpoint
 from ..runtime import contract
@@ -68,13 +67,13 @@ def make_contract(shapes: list[KvShape], vocab_size: int) -> Contract:
 def make_manifest(
     checkpoint: Checkpoint,
     architecture: str,
-    module: nn.Module,
+    module: CausalModel,
     limits: Limits,
     parity: Parity,
     files: Mapping[str, int],
 ) -> Manifest:
     """The manifest of a bundle with the ONNX Runtime target."""
-    shapes: list[KvShape] = module.kv_shapes  # type: ignore[assignment]
+    shapes = module.kv_shapes
     source = checkpoint.source
     graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
     target = Target(

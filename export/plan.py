@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from torch import nn
 
 from .. import BuildError
+from ..models.architecture import CausalModel
 from ..models.cache import KvShape
 from ..runtime.manifest import Limits
 
@@ -50,13 +50,13 @@ class Plan:
             )
 
 
-def make_plan(model: nn.Module, limits: Limits) -> Plan:
+def make_plan(model: CausalModel, limits: Limits) -> Plan:
     """Predict from the model's shapes (on the meta device) and the limits asked for."""
     unique = {id(tensor): tensor.numel() for tensor in model.parameters()}
     tables = {id(tensor): tensor.numel() for tensor in model.buffers()}
     largest = max(unique.values()) * _ITEM
     weights = (sum(unique.values()) + sum(tables.values())) * _ITEM
-    shapes: list[KvShape] = model.kv_shapes  # type: ignore[assignment]
+    shapes = model.kv_shapes
     kv = kv_bytes_per_token(shapes)
     row = kv * (limits.capacity + limits.max_chunk)
     # mapped weights, their packed copies, a row of cache, logits and activations of a chunk

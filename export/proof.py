@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import BuildError, ParityError
+from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
 from ..runtime.manifest import Limits, Parity
@@ -42,7 +43,7 @@ def unproven(status: Literal["pending", "off"], reason: str) -> Parity:
 
 
 def run(
-    staging: Path, module: nn.Module, checkpoint: Checkpoint, load: Callable[[str], Tensor], limits: Limits
+    staging: Path, module: CausalModel, checkpoint: Checkpoint, load: Callable[[str], Tensor], limits: Limits
 ) -> Parity:
     """Prove the ONNX Runtime engine that lies in `staging`.
 
@@ -62,7 +63,7 @@ def run(
         raise BuildError("the checkpoint has no tokenizer.json, so no prompts to prove the engine with")
     prompts = golden_prompts(Tokenizer.from_buffer(data), limits)
     golden = eager_logits(module, load, prompts)
-    spec = make_contract(module.kv_shapes, limits.vocab_size)  # type: ignore[arg-type]
+    spec = make_contract(module.kv_shapes, limits.vocab_size)
     rows = msgspec.structs.replace(limits, max_batch=len(prompts))
     with tempfile.TemporaryDirectory(prefix="zonda-proof-") as scratch:
         folder = Path(scratch)
@@ -85,7 +86,7 @@ def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
     return [[token % limits.vocab_size for token in row] for row in rows]
 
 
-def eager_logits(module: nn.Module, load: Callable[[str], Tensor], prompts: list[list[int]]) -> Golden:
+def eager_logits(module: CausalModel, load: Callable[[str], Tensor], prompts: list[list[int]]) -> Golden:
     """Run the eager model over all prompts at once; peak memory is its largest module."""
     lens = np.array([len(prompt) for prompt in prompts], np.int32)
     ids = np.zeros((len(prompts), int(lens.max())), np.int64)
@@ -96,7 +97,7 @@ def eager_logits(module: nn.Module, load: Callable[[str], Tensor], prompts: list
     handles = [handle for name, part in module.named_modules() for handle in _stream(name, part, load)]
     try:
         with torch.no_grad():
-            cache = Cache.zeros(module.kv_shapes, batch, length)  # type: ignore[arg-type]
+            cache = Cache.zeros(module.kv_shapes, batch, length)
             offsets = torch.zeros(batch, dtype=torch.int32)
             logits = module(torch.from_numpy(ids), offsets, positions, torch.from_numpy(lens), positions, cache)
     finally:
@@ -105,7 +106,7 @@ def eager_logits(module: nn.Module, load: Callable[[str], Tensor], prompts: list
     return Golden(ids, lens, logits.float().numpy())
 
 
-def _stream(name: str, module: nn.Module, load: Callable[[str], Tensor]) -> list[RemovableHandle]:
+def _stream(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:
     """Hooks that give a module its own parameters for the time of its forward pass, and take them away again."""
     own = {key: value for key, value in module._parameters.items() if value is not None}
     if not own:

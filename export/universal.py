@@ -15,6 +15,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..runtime import contract
 from .functions import DOMAIN, MARKERS, register_schemas
@@ -25,7 +26,7 @@ IR_VERSION = 11  # the first in which an IR reader must know function overloads 
 class _ContractModule(nn.Module):
     """The model with its cache as flat inputs and outputs, in the order of the contract."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: CausalModel) -> None:
         super().__init__()
         self.inner = model
 
@@ -43,7 +44,7 @@ class _ContractModule(nn.Module):
         return logits, *cache.tensors()
 
 
-def export_universal(model: nn.Module) -> ir.Model:
+def export_universal(model: CausalModel) -> ir.Model:
     """Export `model` to the graph contract.
 
     Args:
@@ -72,7 +73,7 @@ def export_universal(model: nn.Module) -> ir.Model:
     return program
 
 
-def _run_exporter(model: nn.Module) -> ir.Model:
+def _run_exporter(model: CausalModel) -> ir.Model:
     batch, sequence, capacity, num_logits = 2, 3, 8, 4  # distinct, so that no two dimensions are taken for one
 
     def example(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -130,7 +131,7 @@ def _attach_bodies(program: ir.Model) -> None:
             overload = marker.select([value is not None for value in node.inputs])
             node.overload = overload
             if (DOMAIN, marker.name, overload) not in program.functions:
-                body = ir.from_proto(marker.bodies[overload].to_function_proto())
+                body = ir.serde.deserialize_function(marker.bodies[overload].to_function_proto())
                 body.name, body.overload = marker.name, overload
                 for index, inner in enumerate(body):
                     inner.name = f"{marker.name}{overload and '_' + overload}_{index}_{inner.op_type}"

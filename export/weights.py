@@ -81,7 +81,7 @@ def write_weights(
         file.truncate(layout.size)
         for name in names:
             offset, length = layout.offsets[name]
-            data = memoryview(load(name)).cast("B")
+            data = load(name).reshape(-1).view(np.uint8).data
             if len(data) != length:
                 raise AssertionError(f"{name}: {len(data)} bytes for a place of {length}")
             file.seek(offset)
@@ -93,12 +93,9 @@ def attach(model: ir.Model, layout: Layout, location: str) -> None:
     """Point every initialiser that waits for data at its range of the file `location`, relative to the model file."""
     for name in missing_data(model):
         value = model.graph.initializers[name]
+        if value.dtype is None or value.shape is None:
+            raise AssertionError(f"initialiser {name} has no type")
         offset, length = layout.offsets[name]
         value.const_value = ir.ExternalTensor(
-            location,
-            offset,
-            length,
-            value.dtype,
-            shape=value.shape,
-            name=name,  # type: ignore[arg-type]
+            location, offset, length, value.dtype, shape=ir.Shape(value.shape.numpy()), name=name
         )

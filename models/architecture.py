@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .cache import Cache, KvShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,36 @@ class GgufLayout:
         return f"{known.format(layer[1] if layer else '')}.{kind}" if known is not None else None
 
 
+class CausalModel(nn.Module):
+    """What every architecture's module is.
+
+    kv_shapes: what each layer keeps per token; `Cache.zeros` and the graph's states follow it.
+    """
+
+    kv_shapes: list[KvShape]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        seqlen_offsets: Tensor,
+        start_offsets_kernel: Tensor,
+        input_lens: Tensor,
+        logit_positions: Tensor,
+        kv_cache: Cache,
+    ) -> Tensor:
+        """Logits (B, K, V) of the tokens at `logit_positions`; `kv_cache` then holds the new tokens too.
+
+        Args:
+            input_ids: (B, S) int64, right-padded new tokens.
+            seqlen_offsets: (B,) int32, tokens already cached in each row.
+            start_offsets_kernel: (B, S) int64, absolute position of each new token.
+            input_lens: (B,) int32, valid new tokens of each row.
+            logit_positions: (B, K) int64, which of the S tokens want logits.
+            kv_cache: one `LayerCache` a layer.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One family: how to read its configuration, how to build its module.
@@ -48,6 +80,6 @@ class Architecture:
 
     names: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any]], Any]
-    build: Callable[[Any, int], nn.Module]
+    build: Callable[[Any, int], CausalModel]
     gguf: GgufLayout | None = None
     ignored: tuple[str, ...] = ()

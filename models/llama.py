@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .architecture import Architecture, GgufLayout
+from .architecture import Architecture, CausalModel, GgufLayout
 from .cache import Cache, KvShape, LayerCache
 from .config import ConfigReader
 from .layers import Embedding, Linear, RmsNorm, RotaryEmbedding, gather_tokens
@@ -133,8 +133,8 @@ class Decoder(nn.Module):
         self.norm = RmsNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
 
-class Llama(nn.Module):
-    """The causal language model; `forward` is the graph contract of docs/architecture.md."""
+class Llama(CausalModel):
+    """The causal language model."""
 
     def __init__(self, cfg: LlamaConfig, max_positions: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Llama(nn.Module):
         logit_positions: Tensor,
         kv_cache: Cache,
     ) -> Tensor:
-        """Logits (B, K, V) of the tokens at `logit_positions`; `kv_cache` then holds the new tokens too."""
+        """See `CausalModel`."""
         x = self.model.embed_tokens(input_ids)
         for layer, block in enumerate(self.model.layers):
             x = block(x, seqlen_offsets, start_offsets_kernel, kv_cache[layer])

@@ -28,6 +28,7 @@ _MAX_SECONDS = 2.0
 _MAX_CHARACTERS = 16 << 20
 _MAX_GROWTH_KB = 256 << 10  # of the process's peak memory while a template runs
 _MAX_REPEAT = 1 << 20  # elements that one multiplication or padding may make
+_MAX_INTEGER = 1 << 512
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"}
 
 
@@ -115,20 +116,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "%", "+"])
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Bound what multiplication, power and formatting can make."""
-        if operator == "*" and any(hasattr(side, "__len__") for side in (left, right)):
-            value, times = (left, right) if hasattr(left, "__len__") else (right, left)
-            if isinstance(times, int) and len(value) * times > _MAX_REPEAT:
-                raise ChatTemplateError("the chat template repeats a value too often")
-        elif (operator == "*" and any(isinstance(side, int) and side.bit_length() > 512 for side in (left, right))) or (
-            operator == "**" and not (abs(left) <= 1 << 64 and abs(right) <= 64)
-        ):
-            raise ChatTemplateError("the chat template computes with numbers that are too large")
-        elif operator == "%" and isinstance(left, (str, bytes)):
-            raise ChatTemplateError("the chat template formats with %, which is not allowed")
-        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            if len(left) + len(right) > _MAX_CHARACTERS:
-                raise ChatTemplateError("the chat template makes a value that is too large")
+        """Bound what one operation can make."""
+        _check_operation(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -137,7 +126,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, with which templates mark the assistant's words: renders what is inside."""
+    """`{% generation %}…{% endgeneration %}`, by which templates mark the assistant's words: renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -145,6 +134,23 @@ class _Generation(Extension):
         """The body as it is."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _check_operation(operator: str, left: Any, right: Any) -> None:
+    sizes = [len(side) if hasattr(side, "__len__") else None for side in (left, right)]
+    if operator == "%" and isinstance(left, (str, bytes)):
+        raise ChatTemplateError("the chat template formats with %, which is not allowed")
+    if operator == "+" and None not in sizes and sum(s for s in sizes if s) > _MAX_CHARACTERS:
+        raise ChatTemplateError("the chat template makes a value that is too large")
+    if operator == "*" and sizes != [None, None]:
+        size, times = (sizes[0], right) if sizes[0] is not None else (sizes[1], left)
+        if isinstance(times, int) and size is not None and size * times > _MAX_REPEAT:
+            raise ChatTemplateError("the chat template repeats a value too often")
+    integers = [side for side in (left, right) if isinstance(side, int)]
+    if operator in ("*", "**") and any(abs(i) > _MAX_INTEGER for i in integers):
+        raise ChatTemplateError("the chat template computes with numbers that are too large")
+    if operator == "**" and len(integers) == 2 and abs(right) > 64:
+        raise ChatTemplateError("the chat template computes with numbers that are too large")
 
 
 @contextmanager

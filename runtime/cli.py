@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -24,22 +23,20 @@ _GROUP = "zonda.commands"
 class _Commands(typer.core.TyperGroup):
     """The commands of this file and those of the entry points, loaded by name."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Names only; nothing is imported."""
         return sorted({*super().list_commands(ctx), *(point.name for point in metadata.entry_points(group=_GROUP))})
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """One command; an entry point's function is imported here."""
         command = super().get_command(ctx, cmd_name)
-        points = metadata.entry_points(group=_GROUP, name=cmd_name)
+        points = tuple(metadata.entry_points(group=_GROUP, name=cmd_name))
         if command is not None or not points:
             return command
         try:
-            function = next(iter(points)).load()
+            function = points[0].load()
         except ImportError as error:
-            raise click.ClickException(
-                f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'"
-            ) from error
+            raise ZondaError(f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'") from error
         extra = typer.Typer(add_completion=False)
         extra.command(name=cmd_name)(function)
         return typer.main.get_command(extra)

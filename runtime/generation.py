@@ -160,7 +160,7 @@ class Generator:
             CapacityError: a prompt is longer than the capacity.
         """
         limits = self._engine.limits
-        sequences = []
+        sequences: list[GenerationSequence] = []
         for prompt, wanted in zip(prompts, params, strict=True):
             if not prompt:
                 raise RequestError("the prompt is empty")
@@ -264,7 +264,8 @@ class Generator:
                 ]
             if start == len(prompt):
                 sequence.cached = start
-                return logits[0, -1]
+                last: NDArray[np.float32] = logits[0, -1]
+                return last
 
     def _decode(self, active: Sequence[GenerationSequence], cache: KvCache, step: "_DecodeBuffers") -> list[Chunk]:
         """Feed every active sequence its last token; sample the next."""

@@ -108,7 +108,7 @@ class Pipeline:
     @overload
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: list[int],
         params: SamplingParams | None = None,
         *,
         cancelled: Callable[[], bool] | None = None,
@@ -116,7 +116,7 @@ class Pipeline:
     @overload
     def generate(
         self,
-        prompt: Sequence[str] | Sequence[Sequence[int]],
+        prompt: list[str] | list[list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         cancelled: Callable[[], bool] | None = None,

@@ -55,7 +55,7 @@ class Marker:
     attributes: Mapping[str, OpSchema.AttrType]
     infer: InferShapes
     translations: Mapping[Any, Callable[..., Any]]
-    bodies: Mapping[str, OnnxFunction]
+    bodies: Mapping[str, OnnxFunction[Any, Any]]
     select: Callable[[Sequence[bool]], str] = lambda _: ""
 
     def schema(self) -> OpSchema:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ...runtime import contract
 from ..functions import DOMAIN
-from .rewrite import MICROSOFT, clean, insert, producer, replace
+from .rewrite import MICROSOFT, clean, extent, insert, producer, replace
 
 # What GroupQueryAttention asks of head_dim, and more if it is to rotate.
 _HEAD_DIM_MULTIPLE = 8
@@ -75,7 +75,7 @@ def fuse_norms(graph: ir.Graph) -> None:
         x, weight = node.inputs
         eps = node.attributes["eps"].as_float()
         add = producer(x, "Add")
-        if add is not None and all(v is not None and v.shape == x.shape for v in add.inputs):  # type: ignore[union-attr]
+        if add is not None and _same_shape(*add.inputs):
             normed, _, _, total = insert(
                 graph,
                 node,
@@ -104,6 +104,7 @@ def fuse_attention(graph: ir.Graph) -> None:
         if lengths is None:
             lengths = _lengths(graph)
         past_key, key, _ = write_key.inputs
+        assert past_key is not None
         past_value, value, _ = write_value.inputs
         query = node.inputs[0]
         rope = producer(query, "RoPE", DOMAIN)
@@ -115,7 +116,7 @@ def fuse_attention(graph: ir.Graph) -> None:
         window = node.attributes["window"].as_int()
         attributes = {
             "num_heads": node.attributes["num_heads"].as_int(),
-            "kv_num_heads": int(past_key.shape[1]),  # type: ignore[union-attr,index,arg-type]
+            "kv_num_heads": extent(past_key, 1),
             "scale": node.attributes["scale"].as_float(),
             "softcap": node.attributes["softcap"].as_float(),
             "local_window_size": window or -1,
@@ -147,7 +148,7 @@ def pack_projections(graph: ir.Graph, packs: dict[str, tuple[str, ...]]) -> None
         linears = [_linear(graph, value) for value in node.inputs[:3]]
         if any(part is None for part in linears):
             continue
-        products, weights, biases = zip(*linears, strict=True)  # type: ignore[arg-type]
+        products, weights, biases = zip(*linears, strict=True)
         same_input = len({id(product.inputs[0]) for product in products}) == 1
         if not same_input or len({bias is None for bias in biases}) != 1:
             continue
@@ -168,16 +169,17 @@ def _linear(graph: ir.Graph, value: ir.Value | None) -> tuple[ir.Node, ir.Value,
     if add is not None and add.inputs[1] in graph.initializers.values():
         value, bias = add.inputs
     product = producer(value, "FusedMatMul", MICROSOFT)
-    if product is None or product.inputs[1] not in graph.initializers.values():
+    weight = product.inputs[1] if product is not None else None
+    if product is None or weight is None or weight not in graph.initializers.values():
         return None
-    return product, product.inputs[1], bias  # type: ignore[return-value]
+    return product, weight, bias
 
 
 def _pack(graph: ir.Graph, members: Sequence[ir.Value], packs: dict[str, tuple[str, ...]]) -> ir.Value:
     names = tuple(str(member.name) for member in members)
     name = f"{names[0]}.packed"
-    rows = sum(int(member.shape[0]) for member in members)  # type: ignore[index,arg-type]
-    shape = ir.Shape([rows, *members[0].shape[1:]])  # type: ignore[index]
+    rows = sum(extent(member, 0) for member in members)
+    shape = ir.Shape([rows, *(extent(members[0], axis) for axis in range(1, len(members[0].shape or ())))])
     value = ir.Value(name=name, type=members[0].type, shape=shape)
     graph.initializers[name] = value
     packs[name] = names
@@ -186,13 +188,17 @@ def _pack(graph: ir.Graph, members: Sequence[ir.Value], packs: dict[str, tuple[s
 
 def _fits(write_key: ir.Node, write_value: ir.Node) -> bool:
     """Whether GroupQueryAttention can hold this cache: one head_dim for keys and values, of a size it takes."""
-    key, value = (write.inputs[0].shape for write in (write_key, write_value))  # type: ignore[union-attr]
-    return key is not None and key == value and int(key[3]) % _HEAD_DIM_MULTIPLE == 0  # type: ignore[arg-type]
+    key, value = write_key.inputs[0], write_value.inputs[0]
+    return _same_shape(key, value) and extent(key, 3) % _HEAD_DIM_MULTIPLE == 0
+
+
+def _same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
+    return a is not None and b is not None and a.shape is not None and a.shape == b.shape
 
 
 def _rotates(past_key: ir.Value) -> bool:
     """Whether GroupQueryAttention can rotate heads of this size itself."""
-    return int(past_key.shape[3]) % _ROTARY_HEAD_DIM_MULTIPLE == 0  # type: ignore[index,arg-type]
+    return extent(past_key, 3) % _ROTARY_HEAD_DIM_MULTIPLE == 0
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
@@ -216,6 +222,8 @@ def _input(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     graph.initializers[name] = value
     return value

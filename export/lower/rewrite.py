@@ -15,6 +15,13 @@ def producer(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node 
     return node if node is not None and node.op_type == op_type and node.domain == domain else None
 
 
+def extent(value: ir.Value | None, axis: int) -> int:
+    """The size of a static dimension."""
+    if value is None or value.shape is None or not isinstance(size := value.shape[axis], int):
+        raise ValueError(f"{value} has no static dimension {axis}")
+    return size
+
+
 def insert(
     graph: ir.Graph,
     before: ir.Node,

@@ -19,7 +19,6 @@ from ..manifest import Contract, Limits
 from . import Float32, Int32, Int64, KvCache, check_step
 from .ort import onnxruntime as ort
 
-
 _ALIGNMENT = 64
 
 
