@@ -90,7 +90,7 @@ def _tokenizer(read: _Reader, tokens: list[str]) -> Tokenizer:
     if len(vocabulary) != len(tokens):
         raise read.error("tokenizer.ggml.tokens names a token twice")
     merges = [tuple(merge.split(" ", 1)) for merge in read.texts("tokenizer.ggml.merges")]
-    pre = read.metadata.get("tokenizer.ggml.pre")
+    pre = str(read.metadata.get("tokenizer.ggml.pre"))
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=_REGEX.get(pre) is _LLAMA3))  # type: ignore[arg-type]
     except Exception as error:  # tokenizers raises bare Exception
@@ -117,14 +117,14 @@ def _tokenizer(read: _Reader, tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _pre_tokenizer(read: _Reader, pre: object) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(read: _Reader, pre: str) -> pre_tokenizers.PreTokenizer:
     if pre in _PLAIN:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre in _DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if pre in _REGEX:
-        split = pre_tokenizers.Split(Regex(_REGEX[str(pre)]), "isolated")
+        split = pre_tokenizers.Split(Regex(_REGEX[pre]), "isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join(sorted({*_PLAIN, *_DIGITS, *_REGEX}))
     raise read.error(f"its pre-tokenizer {pre!r} (tokenizer.ggml.pre) is not supported; known: {known}")
