@@ -57,14 +57,19 @@ Threads = Annotated[int | None, typer.Option(help="Compute threads; one a physic
 TargetOption = Annotated[str | None, typer.Option(help="Force a target of the bundle.")]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
-) -> None:
-    """Language models compiled ahead of time."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Language models compiled ahead of time."""
 
 
 @app.command()

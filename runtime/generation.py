@@ -145,15 +145,31 @@ class Generator:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
 
+    def prepare_one(self, prompt: Sequence[int], params: SamplingParams, *, cached: int = 0) -> GenerationSequence:
+        """Make the sequence of one prompt with one sample.
+
+        Args:
+            prompt: token ids.
+            params: n must be 1.
+            cached: leading tokens of the prompt that row 0 of the cache already holds.
+
+        Raises:
+            RequestError, CapacityError: as of `prepare`.
+        """
+        if params.n != 1:
+            raise RequestError("a stream or a session has one sample: n must be 1")
+        (sequence,) = self.prepare([prompt], [params])
+        sequence.cached = sequence.reused = cached
+        return sequence
+
     def prepare(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, cached: int = 0
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[GenerationSequence]:
         """Make the sequences of some prompts, n a prompt, in order.
 
         Args:
             prompts: token ids of each prompt.
             params: one each.
-            cached: leading tokens of the (only) prompt that row 0 of the cache already holds.
 
         Raises:
             RequestError: an empty prompt, or an id outside the vocabulary.
@@ -178,9 +194,7 @@ class Generator:
                 detokenizer = Detokenizer(self._tokenizer)
                 stops = StopStrings(wanted.stop)
                 sequences.append(
-                    GenerationSequence(
-                        len(sequences), prompt, wanted, sampler, detokenizer, stops, group, cached, reused=cached
-                    )
+                    GenerationSequence(len(sequences), prompt, wanted, sampler, detokenizer, stops, group)
                 )
         return sequences
 

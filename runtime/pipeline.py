@@ -166,11 +166,8 @@ class Pipeline:
 
         Args and errors: as of `generate`; n must be 1.
         """
-        params = params or self.default_params
-        if params.n != 1:
-            raise RequestError("a stream has one sample: n must be 1")
-        sequences = self._generator.prepare([self.encode(prompt)], [params])
-        return self._stream(sequences, cancelled or (lambda: False))
+        sequence = self._generator.prepare_one(self.encode(prompt), params or self.default_params)
+        return self._stream(sequence, cancelled or (lambda: False))
 
     def chat(
         self,
@@ -239,9 +236,9 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _stream(self, sequences: list[GenerationSequence], cancelled: Callable[[], bool]) -> Iterator[Chunk]:
+    def _stream(self, sequence: GenerationSequence, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
         with self._rows(1) as cache:
-            yield from self._generator.run(sequences, cache, cancelled)
+            yield from self._generator.run([sequence], cache, cancelled)
 
     @contextmanager
     def _rows(self, wanted: int) -> Iterator[KvCache]:

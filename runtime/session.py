@@ -58,7 +58,7 @@ class Session:
         prompt = self._encode(text)
         cached = _common_prefix(self._tokens, prompt[:-1])
         params = params or self._pipeline.default_params
-        (sequence,) = self._generator.prepare([prompt], [params], cached=cached)
+        sequence = self._generator.prepare_one(prompt, params, cached=cached)
         return self._stream(conversation, text, sequence, cancelled or (lambda: False))
 
     def _stream(

@@ -1,0 +1,138 @@
+"""SmolLM2-135M-Instruct from its GGUF: eager, universal and lowered against transformers on real tokens."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from support import SCENARIOS, Eager, Lowered, PlainOnnx, run_scenario
+
+from zonda.models import registry
+from zonda.models.checkpoints import open_checkpoint
+from zonda.models.loading import load_weights
+from zonda.runtime import Pipeline, SamplingParams
+from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from zonda.runtime.bundle import open_bundle
+from zonda.runtime.manifest import Limits
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 3e-4
+"""float32 against float64 differs by 7.6e-5 at max |logit| 41 in transformers itself; four times that."""
+
+TEXT = """In the lee of the Andes the zonda begins as a west wind from the ocean. It climbs the slopes, loses its water
+as snow on the peaks, and falls on the other side dry, fast and hot: the air warms by about ten degrees for every
+kilometre that it falls. On the 15th of July 2006 a thermometer rose from 3 to 27 degrees within an hour. People close
+their shutters, horses grow nervous, and the dust finds every door. Then, at night, it stops as it came, and the cold
+returns. Meteorologists call such winds foehn winds; the chinook of the Rocky Mountains is another. def warm(height_m):
+    return 9.8 * height_m / 1000  # kelvin, the dry adiabatic lapse rate
+Why does it matter? Because a wind that arrives suddenly is hard to forecast, fires spread with it, and aeroplanes must
+cross the waves that stand above the ridge. A good forecast needs a model of the mountains as fine as the valleys are
+narrow, and it needs it early enough. That is why the smallest fast computation can be worth more than a larger slow
+one: the answer must come before the wind. The old people of the valley had a rule of their own, and it was not bad. If
+the peaks are clear in the morning and a long white cloud lies on them like a cap, and if the dogs will not eat, then
+bring in the washing. They were right about two times in three, which is better than the first weather models were."""
+ROWS, CAPACITY = 640, 512
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_gguf):
+    """(tokens (4, 310), logits of transformers (4, 310, V)): rows are the text begun at different places."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent,
+        gguf_file=smollm2_gguf.name,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    ).eval()
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(open_checkpoint(smollm2_gguf).files["tokenizer.json"])
+    ids = tokenizer.encode(TEXT).ids
+    assert len(ids) >= 320
+    tokens = np.array([ids[start : start + 310] for start in (0, 3, 6, 9)])
+    with torch.no_grad():
+        logits = np.concatenate([model(torch.from_numpy(row[None])).logits.numpy() for row in tokens])
+    return tokens, logits
+
+
+@pytest.fixture(scope="module")
+def executors(smollm2_gguf, smollm2_bundle):
+    checkpoint = open_checkpoint(smollm2_gguf)
+    architecture = registry.of_config(checkpoint.config)
+    eager = architecture.build(architecture.read_config(checkpoint.config), ROWS).eval()
+    load_weights(eager, checkpoint)
+    bundle = open_bundle(smollm2_bundle)
+    limits = Limits(capacity=CAPACITY, max_batch=4, max_chunk=ROWS - CAPACITY, vocab_size=49152)
+    engine = OnnxRuntimeEngine(bundle.file("onnx/onnxruntime.onnx"), bundle.manifest.contract, limits)
+    universal = bundle.file("onnx/universal.onnx")
+    return {
+        "eager": lambda rows: Eager(eager, rows, ROWS),
+        "universal": lambda rows: PlainOnnx(universal, eager.kv_shapes, rows, ROWS),
+        "lowered": lambda rows: Lowered(engine, rows),
+    }
+
+
+LONG = {
+    "prefill": [[128]],
+    "decode": [[100], *[[1]] * 12],
+    "ragged batch of 4": [[90, 20, 65, 41], *[[1, 1, 1, 1]] * 4],
+    "chunked prefill": [[96], [96], [96], [22]],
+    "continuation after decode": [[60], [1], [1], [1], [70], [1], [1]],
+    "batch with idle rows": [[40, 0, 30, 50], [1, 60, 0, 1], [0, 1, 1, 0], [30, 0, 1, 17], [1, 1, 1, 0]],
+}
+
+
+def test_the_scenarios_are_the_six():
+    assert LONG.keys() == SCENARIOS.keys()
+    assert sum(map(sum, LONG["chunked prefill"])) >= 300
+
+
+@pytest.mark.parametrize("execution", ["eager", "universal", "lowered"])
+@pytest.mark.parametrize("scenario", LONG, ids=str)
+def test_scenario(reference, executors, execution, scenario):
+    tokens, wanted = reference
+    steps = LONG[scenario]
+    found = run_scenario(executors[execution](len(steps[0])), tokens[: len(steps[0])], steps)
+    for row, logits in enumerate(found):
+        want = wanted[row, : len(logits)]
+        np.testing.assert_allclose(logits, want, rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(logits.argmax(-1), want.argmax(-1))
+
+
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at",
+    "def fibonacci(n):\n    ",
+    "In 1969, two astronauts walked on the moon, and the world watched them on television. What they brought back was",
+]
+
+
+def test_greedy_text_of_a_batch_equals_the_single_runs(smollm2_bundle):
+    """A difference is allowed only where the two best logits are closer than the measured float32 noise."""
+    params = SamplingParams(temperature=0.0, max_tokens=40, logprobs=2)
+    with Pipeline.load(smollm2_bundle) as pipeline:
+        batch = pipeline.generate(PROMPTS, params)
+        singles = [pipeline.generate(prompt, params) for prompt in PROMPTS]
+    assert batch[0].text.startswith(" Paris")
+    for prompt, together, alone in zip(PROMPTS, batch, singles, strict=True):
+        for step, (a, b) in enumerate(zip(together.token_ids, alone.token_ids, strict=False)):
+            if a != b:
+                first, second = alone.logprobs[step].top_logprobs
+                gap = first.logprob - second.logprob
+                print(f"near tie: {prompt!r}, step {step}: {gap:.2e}")
+                assert gap < TOLERANCE
+                break
+        else:
+            assert together.token_ids == alone.token_ids
+
+
+def test_a_chat_turn_answers_and_stops(smollm2_bundle):
+    with Pipeline.load(smollm2_bundle) as pipeline:
+        session = pipeline.session()
+        params = SamplingParams(temperature=0.0, max_tokens=60)
+        first = session.chat("What is the capital of France? Answer in one word.", params)
+        assert "Paris" in first.text
+        assert first.finish_reason == "stop"
+        assert "<|im_end|>" not in first.text
+        second = session.chat("And of Italy?", params)
+        assert "Rome" in second.text
+        assert second.timings.cached_tokens >= first.timings.prompt_tokens
