@@ -162,9 +162,7 @@ class Generator:
         sequence.cached = sequence.reused = cached
         return sequence
 
-    def prepare(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[GenerationSequence]:
+    def prepare(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[GenerationSequence]:
         """Make the sequences of some prompts, n a prompt, in order.
 
         Args:
@@ -193,9 +191,7 @@ class Generator:
                 sampler = Sampler(wanted, prompt, limits.vocab_size, stop_token_ids=suppressed, index=sample)
                 detokenizer = Detokenizer(self._tokenizer)
                 stops = StopStrings(wanted.stop)
-                sequences.append(
-                    GenerationSequence(len(sequences), prompt, wanted, sampler, detokenizer, stops, group)
-                )
+                sequences.append(GenerationSequence(len(sequences), prompt, wanted, sampler, detokenizer, stops, group))
         return sequences
 
     def run(

@@ -141,7 +141,7 @@ def test_a_build_that_cannot_fit_is_refused_before_it_starts(tiny_folder, tmp_pa
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(BuildError, match="the disk of .* has 1 kB"):
+    with pytest.raises(BuildError, match=r"the disk of .* has 1 kB"):
         build_quietly(tiny_folder, tmp_path / "out")
     monkeypatch.undo()
     memory = psutil.virtual_memory()._replace(available=10**6)
@@ -162,7 +162,7 @@ def test_a_host_that_can_build_but_not_run_records_the_proof_as_pending(tiny_fol
         lambda *a: __import__("dataclasses").replace(honest(*a), provable=False, why_not_provable="it needs 30 GB"),
     )
     bundle = build_quietly(tiny_folder, tmp_path / "out")
-    with pytest.raises(TargetUnavailableError, match="not been proven .it needs 30 GB"):
+    with pytest.raises(TargetUnavailableError, match=r"not been proven .it needs 30 GB"):
         Pipeline.load(bundle)
     Pipeline.load(bundle, target="onnxruntime").close()
 

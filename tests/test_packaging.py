@@ -30,7 +30,9 @@ def test_the_root_package_imports_nothing(root):
 
 
 def test_a_room_imported_by_its_bare_name_fails_at_once(root):
-    run = subprocess.run([sys.executable, "-c", "import runtime.bundle"], cwd=root, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", "import runtime.bundle"], cwd=root, capture_output=True, text=True, check=False
+    )
     assert "ImportError" in run.stderr
 
 
@@ -52,5 +54,7 @@ def test_the_wheel_holds_zonda_and_nothing_else_and_works(root, tmp_path):
     assert {p.name for p in site.iterdir()} - {"bin", "__pycache__"} == tops
     script = "import zonda.models, zonda.runtime, zonda.export, zonda.build_engine; print(zonda.__file__)"
     environment = {"PYTHONPATH": str(site), "PATH": ""}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
     assert run.stdout.strip() == str(site / "zonda/__init__.py")

@@ -10,8 +10,8 @@ from zonda.models import registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights
 from zonda.runtime import Pipeline, SamplingParams
-from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.bundle import open_bundle
+from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.manifest import Limits
 
 pytestmark = pytest.mark.slow

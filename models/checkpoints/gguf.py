@@ -62,13 +62,14 @@ class GgufCheckpoint:
     def load(self, name: str) -> Tensor:
         """See `Checkpoint`."""
         tensor = self._stored[name]
-        raw = self._file.data[tensor.offset : tensor.offset + tensor.nbytes]
-        array = _values(self._path, tensor, raw)
+        array = _values(self._path, tensor, self._file.raw(tensor))
         parts = name.split(".")
         if len(parts) > 1 and parts[-2] in self._layout.permuted:
             heads = "num_key_value_heads" if parts[-2] == "k_proj" else "num_attention_heads"
             array = _unpermute(array, self.config[heads])
-        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        owned = np.require(array, requirements=["C", "W"])  # a copy if it was still a view of the file
+        self._file.release()
+        return torch.from_numpy(owned)
 
     def sha256(self) -> dict[str, str]:
         """See `Checkpoint`."""
@@ -155,8 +156,7 @@ def _config(
 def _rope_scaling(metadata: _Metadata, prefix: str, file: GgufFile) -> dict[str, Any] | None:
     if _ROPE_FACTORS in file.tensors:
         tensor = file.tensors[_ROPE_FACTORS]
-        raw = file.data[tensor.offset : tensor.offset + tensor.nbytes]
-        return {"rope_type": "factors", "factors": _values(Path(_ROPE_FACTORS), tensor, raw).tolist()}
+        return {"rope_type": "factors", "factors": _values(Path(_ROPE_FACTORS), tensor, file.raw(tensor)).tolist()}
     if not metadata.has(f"{prefix}.rope.scaling.type"):
         return None
     kind = metadata.text(f"{prefix}.rope.scaling.type")

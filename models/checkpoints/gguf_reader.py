@@ -5,6 +5,7 @@ What the numbers of types mean comes from the package. Format: github.com/ggml-o
 """
 
 import math
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,20 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checked file: metadata by key, tensors by name, and the whole file mapped as bytes."""
+    """A checked file: metadata by key, tensors by name, and the whole file mapped."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    data: NDArray[np.uint8]
+    mapping: mmap.mmap
+
+    def raw(self, tensor: GgufTensor) -> NDArray[np.uint8]:
+        """The tensor's bytes, a view of the mapping."""
+        return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)
+
+    def release(self) -> None:
+        """Let go of the pages read so far; they are read again when they are needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -61,8 +71,9 @@ def read_gguf(path: Path) -> GgufFile:
     """
     if path.stat().st_size < 24:
         raise CheckpointError(f"{path} is too short to be a GGUF file")
-    data = np.memmap(path, mode="r", dtype=np.uint8)
-    cursor = _Cursor(path, data)
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _Cursor(path, mapping)
     if bytes(cursor.take(4, "the magic number")) != b"GGUF":
         raise cursor.error("it does not begin with 'GGUF', so it is not a GGUF file")
     version = cursor.number("I", "the version")
@@ -81,17 +92,17 @@ def read_gguf(path: Path) -> GgufFile:
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise cursor.error(f"general.alignment is {alignment!r}, expected a power of two")
     start = -(-cursor.position // alignment) * alignment
-    return GgufFile(metadata, _place_tensors(cursor, places, start, alignment), data)
+    return GgufFile(metadata, _place_tensors(cursor, places, start, alignment), mapping)
 
 
 class _Cursor:
     """Reads from the front of the file and never past its end."""
 
-    def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.size = len(data)
         self.position = 0
-        self._data = memoryview(data)  # type: ignore[arg-type]
+        self._data = memoryview(data)
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")

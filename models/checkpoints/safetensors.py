@@ -45,14 +45,12 @@ class SafetensorsFile:
             if name != "__metadata__":
                 ranges.append(self._check(name, entry, size - 8 - length))
         self._check_ranges(ranges, size - 8 - length)
-        self._handle: Any = None
 
     def load(self, name: str) -> Tensor:
-        """One tensor, mapped."""
+        """One tensor, mapped; the mapping lives as long as the tensor, so what was read does not stay in memory."""
         try:
-            if self._handle is None:
-                self._handle = safe_open(self.path, framework="pt")
-            tensor: Tensor = self._handle.get_tensor(name)
+            with safe_open(self.path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._error(f"{name} cannot be read: {error}") from error
         return tensor

@@ -34,7 +34,9 @@ def test_a_whole_bundle_opens(bundle):
     assert set(opened.checksums) == {MANIFEST, *opened.manifest.files}
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "onnx/onnxruntime.onnx", MANIFEST, "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "onnx/onnxruntime.onnx", MANIFEST, "tokenizer_config.json"]
+)
 def test_a_flipped_bit_is_found(bundle, name):
     path = bundle / name
     data = bytearray(path.read_bytes())
@@ -49,7 +51,7 @@ def test_a_flipped_bit_in_the_weights_is_found_by_full_verification(bundle):
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(BundleError, match="weights.bin is not the file that the build wrote"):
+    with pytest.raises(BundleError, match=r"weights\.bin is not the file that the build wrote"):
         Pipeline.load(bundle, verify="full")
 
 
@@ -134,7 +136,12 @@ def test_unknown_fields_pass(bundle):
         (lambda m: m["limits"].update(capacity="1"), "capacity"),
         (lambda m: m.update(kind="xlora"), "kind 'xlora' has no loader"),
         (lambda m: m["contract"].update(layout="paged-1"), "paged-1"),
-        (lambda m: m["contract"]["inputs"].append({"role": "adapter_ids", "name": "a", "dtype": "int32", "shape": []}), "adapter_ids"),
+        (
+            lambda m: m["contract"]["inputs"].append(
+                {"role": "adapter_ids", "name": "a", "dtype": "int32", "shape": []}
+            ),
+            "adapter_ids",
+        ),
         (lambda m: m["files"].pop("config.json"), "config.json"),
     ],
 )

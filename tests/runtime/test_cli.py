@@ -50,7 +50,14 @@ def test_chat_answers_each_line(tiny_bundle):
 
 def test_inspect_shows_a_page_and_json(tiny_bundle):
     page = zonda("inspect", tiny_bundle).stdout
-    for words in ("LlamaForCausalLM", "safetensors F32", "128 tokens a row", "512 bytes a token", "onnxruntime", "runs"):
+    for words in (
+        "LlamaForCausalLM",
+        "safetensors F32",
+        "128 tokens a row",
+        "512 bytes a token",
+        "onnxruntime",
+        "runs",
+    ):
         assert words in page
     manifest = json.loads(zonda("inspect", tiny_bundle, "--json").stdout)
     assert manifest["limits"]["capacity"] == 128

@@ -42,7 +42,10 @@ def test_streamed_text_is_the_text(pipeline):
 def test_same_seed_same_text(pipeline):
     params = SamplingParams(seed=11, max_tokens=12, ignore_eos=True)
     assert pipeline.generate("the wind", params).token_ids == pipeline.generate("the wind", params).token_ids
-    assert pipeline.generate("the wind", params.replace(seed=12)).token_ids != pipeline.generate("the wind", params).token_ids
+    assert (
+        pipeline.generate("the wind", params.replace(seed=12)).token_ids
+        != pipeline.generate("the wind", params).token_ids
+    )
 
 
 def test_prompt_logprobs_equal_transformers(pipeline, tiny_reference):
@@ -52,7 +55,9 @@ def test_prompt_logprobs_equal_transformers(pipeline, tiny_reference):
     with torch.no_grad():
         exact = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     for position in range(1, len(ids)):
-        assert result.prompt_logprobs[position].logprob == pytest.approx(float(exact[position - 1, ids[position]]), abs=1e-3)
+        assert result.prompt_logprobs[position].logprob == pytest.approx(
+            float(exact[position - 1, ids[position]]), abs=1e-3
+        )
 
 
 def test_session_equals_a_fresh_prefill(pipeline):
