@@ -52,4 +52,3 @@ $(MODEL): | $(VENV)/ready
 
 $(BUNDLE)/manifest.json: $(MODEL) | $(VENV)/ready
 	$(BIN)/python build_engine.py $(MODEL) -o $(BUNDLE) --overwrite
-	touch $@

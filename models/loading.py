@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import CheckpointError
 from .checkpoints.base import Checkpoint
@@ -63,6 +63,8 @@ def load_weights(
 ) -> None:
     """Fill every parameter of `model`, strictly; the model may lie on the meta device.
 
+    Floating tensors become `dtype`; integer codes stay what they are.
+
     Raises:
         CheckpointError: see `match_parameters`.
     """
@@ -70,8 +72,9 @@ def load_weights(
     names = match_parameters(model, checkpoint, ignored)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in shared:
-            tensor = checkpoint.load(names[name]).to(dtype)
-            shared[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+            tensor = checkpoint.load(names[name])
+            floats = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            shared[id(parameter)] = nn.Parameter(floats, requires_grad=False)
         owner, _, key = name.rpartition(".")
         setattr(model.get_submodule(owner), key, shared[id(parameter)])
 
@@ -80,10 +83,15 @@ def _compare_shared(checkpoint: Checkpoint, aliases: Mapping[int, Sequence[str]]
     for names in aliases.values():
         first, *others = [name for name in names if name in checkpoint.tensors]
         for other in others:
-            if not torch.equal(checkpoint.load(first), checkpoint.load(other)):
+            if not _same_bytes(checkpoint.load(first), checkpoint.load(other)):
                 raise CheckpointError(
                     f"{checkpoint.source.name}: the configuration ties {first} and {other}, but their weights differ"
                 )
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Also where a NaN is in both; `torch.equal` would deny it."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 Works on a view of the engine's logits and never changes it. Knows nothing of text or engines.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from .sampling import SamplingParams
 
 Logits = NDArray[np.float32]
 
+_BLOCK = 256  # weights that are summed before the sums are accumulated: a running sum over all of them is 20× slower
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """logprob: natural logarithm of the model's probability. rank: 1 is the likeliest."""
+    """logprob: natural logarithm of the model's probability. rank: 1 is the likeliest; of ties the lower id is."""
 
     token_id: int
     logprob: float
@@ -50,21 +53,22 @@ class Sampler:
 
         Args:
             params: validated.
-            prompt_token_ids: count for the repetition penalty.
+            prompt_token_ids: each in [0, V); they count for the repetition penalty.
             vocab_size: V.
-            stop_token_ids: suppressed until min_tokens have been sampled.
+            stop_token_ids: suppressed until min_tokens have been sampled; those outside [0, V) cannot be anyway.
             index: which of the n samples this is.
 
         Raises:
             RequestError: logit_bias names a token outside the vocabulary.
         """
+        outside = [token for token in params.logit_bias if token >= vocab_size]
+        if outside:
+            raise RequestError(f"logit_bias names token {outside[0]}, outside the vocabulary of {vocab_size}")
         self._params = params
         self._output: list[int] = []
-        if any(token >= vocab_size for token in params.logit_bias):
-            raise RequestError(f"logit_bias names a token outside the vocabulary of {vocab_size}")
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
-        self._suppressed = np.array(sorted(t for t in stop_token_ids if t < vocab_size), np.int64)
+        self._suppressed = np.array([t for t in stop_token_ids if 0 <= t < vocab_size], np.int64)
         self._penalises = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
@@ -72,75 +76,74 @@ class Sampler:
         if self._penalises:
             self._seen = np.zeros(vocab_size, bool)
             self._seen[np.asarray(prompt_token_ids, np.int64)] = True
+            self._generated = np.zeros(vocab_size, bool)
             self._counts = np.zeros(vocab_size, np.int32)
-        self._scratch = np.empty(vocab_size, np.float32) if self._edits or params.temperature else None
-        self._random = np.random.default_rng(None if params.seed is None else [params.seed, index])
+        if self._edits or params.temperature:
+            self._scratch = np.empty(vocab_size, np.float32)
+        if params.temperature:
+            self._random = np.random.default_rng(None if params.seed is None else [params.seed, index])
 
     def sample(self, logits: Logits) -> SampledToken:
         """Choose a token and remember it.
 
         Args:
-            logits: (V,) float32; not changed.
+            logits: (V,) float32; not changed. (A writeable array: numpy's argmax copies one that is read-only.)
 
         Raises:
-            EngineError: the logits hold NaN or infinity, or nothing is left to choose from.
+            EngineError: the logits hold NaN or +inf, or are all -inf.
+            RequestError: logit_bias, penalties or logits_processors leave nothing to choose from.
         """
         params = self._params
         edited = self._edit(logits) if self._edits else logits
-        best = int(edited.argmax())
-        if not np.isfinite(edited[best]):
-            raise EngineError(f"the logits have no finite maximum ({edited[best]}): nothing can be chosen from them")
+        best = int(edited.argmax())  # the first NaN if there is one
+        if not math.isfinite(edited[best]):
+            raise _nothing_to_choose(logits, float(edited[best]))
         token = best if params.temperature == 0 else self._draw(edited, float(edited[best]))
         self._output.append(token)
         if self._penalises:
-            self._seen[token] = True
+            self._seen[token] = self._generated[token] = True
             self._counts[token] += 1
         return SampledToken(token) if params.logprobs is None else logprobs_of(logits, token, params.logprobs)
 
     def _edit(self, logits: Logits) -> Logits:
         """Bias, minimum length, penalties and processors, on a copy."""
         params, edited = self._params, self._scratch
-        assert edited is not None
         np.copyto(edited, logits)
         if len(self._bias_ids):
             edited[self._bias_ids] += self._bias
         if len(self._output) < params.min_tokens:
             edited[self._suppressed] = -np.inf
-        if self._penalises:
-            if params.repetition_penalty != 1:
-                ids = np.flatnonzero(self._seen)
-                seen = edited[ids]
+        if params.repetition_penalty != 1:
+            ids = np.flatnonzero(self._seen)
+            seen = edited[ids]
+            with np.errstate(over="ignore"):  # a penalty may well push a logit to -inf
                 edited[ids] = np.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
-            ids = np.flatnonzero(self._counts)
+        if params.presence_penalty != 0 or params.frequency_penalty != 0:
+            ids = np.flatnonzero(self._generated)
             edited[ids] -= params.frequency_penalty * self._counts[ids] + params.presence_penalty
         for process in params.logits_processors:
             changed = process(tuple(self._output), edited)
             if changed is not None:
-                if changed.shape != edited.shape:
-                    raise RequestError(f"a logits processor returned shape {changed.shape}, not {edited.shape}")
+                if np.shape(changed) != edited.shape:
+                    raise RequestError(f"a logits processor returned shape {np.shape(changed)}, not {edited.shape}")
                 np.copyto(edited, changed)
         return edited
 
     def _draw(self, logits: Logits, highest: float) -> int:
-        """Temperature, min_p, top_k, top_p, and one random number."""
-        params = self._params
-        scaled = self._scratch
-        assert scaled is not None
-        np.subtract(logits, highest, out=scaled)  # the likeliest token is at 0
-        scaled /= params.temperature
+        """Temperature, min_p, top_k and top_p, and a token from what they keep."""
+        params, scaled = self._params, self._scratch
+        with np.errstate(over="ignore"):  # what is far below the likeliest token may well become -inf
+            np.subtract(logits, highest, out=scaled)
+            scaled /= params.temperature
         kept: NDArray[np.int64] | None = None  # None is every token
         if params.min_p > 0:
-            kept = np.flatnonzero(scaled >= np.log(params.min_p))
+            kept = np.flatnonzero(scaled >= math.log(params.min_p))
         if 0 < params.top_k < (len(scaled) if kept is None else len(kept)):
             values = scaled if kept is None else scaled[kept]
-            kth = np.partition(values, -params.top_k)[-params.top_k]
-            inside = np.flatnonzero(values >= kth)
+            inside = _largest(values, params.top_k)
             kept = inside if kept is None else kept[inside]
-        weights = np.exp(scaled if kept is None else scaled[kept])
-        if params.top_p < 1:
-            kept, weights = _nucleus(kept, weights, params.top_p)
-        sums = np.cumsum(weights, dtype=np.float64)
-        choice = min(int(np.searchsorted(sums, self._random.random() * sums[-1], side="right")), len(sums) - 1)
+        weights = np.exp(scaled, out=scaled) if kept is None else np.exp(scaled[kept])
+        choice = _draw_weighted(weights, params.top_p, self._random)
         return choice if kept is None else int(kept[choice])
 
 
@@ -148,34 +151,80 @@ def logprobs_of(logits: Logits, token_id: int, top: int) -> SampledToken:
     """The raw log-probability and rank of a token, and the `top` likeliest tokens.
 
     Args:
-        logits: (V,) float32, the model's own.
+        logits: (V,) float32, the model's own; not changed.
         token_id: in [0, V).
         top: how many of the likeliest to list.
+
+    Raises:
+        EngineError: the logits hold NaN or +inf, or are all -inf.
     """
     highest = float(logits.max())
-    normaliser = highest + float(np.log(np.exp(logits - highest, dtype=np.float64).sum()))
+    if not math.isfinite(highest):
+        raise _nothing_to_choose(logits, highest)
+    with np.errstate(over="ignore"):
+        normaliser = highest + math.log(np.exp(logits - highest).sum(dtype=np.float64))
     best: tuple[TokenLogprob, ...] = ()
     top = min(top, len(logits))
     if top:
-        ids = np.argpartition(logits, -top)[-top:]
-        ids = ids[np.lexsort((ids, -logits[ids]))]
+        ids = _largest(logits, top)
+        ids = ids[np.argsort(-logits[ids], kind="stable")][:top]
         best = tuple(TokenLogprob(int(i), float(logits[i]) - normaliser, rank) for rank, i in enumerate(ids, 1))
-    rank = int(np.count_nonzero(logits > logits[token_id])) + 1
-    return SampledToken(token_id, float(logits[token_id]) - normaliser, rank, best)
+    own = logits[token_id]
+    rank = 1 + np.count_nonzero(logits > own) + np.count_nonzero(logits[:token_id] == own)
+    return SampledToken(token_id, float(own) - normaliser, int(rank), best)
 
 
-def _nucleus(
-    kept: NDArray[np.int64] | None, weights: NDArray[np.float32], top_p: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The fewest likeliest tokens whose share reaches top_p.
+def _nothing_to_choose(logits: Logits, found: float) -> EngineError | RequestError:
+    """The error for logits whose maximum is `found`: NaN or infinite."""
+    raw = float(logits.max())
+    if math.isfinite(raw):
+        return RequestError(
+            f"after logit_bias, penalties and logits_processors the largest logit is {found}: nothing can be chosen"
+        )
+    return EngineError(
+        f"the largest logit is {raw}, so nothing can be chosen: the engine computed no usable logits; "
+        "`zonda verify` tells whether it still matches its reference"
+    )
 
-    Tokens lighter than (1 - top_p) · total / V cannot be among them, because all of them together weigh no more than
-    the part that is cut off; so only the others are sorted.
+
+def _largest(values: Logits, k: int) -> NDArray[np.int64]:
+    """Indices of the k largest values, and of all that equal the k-th, ascending."""
+    return np.flatnonzero(values >= np.partition(values, -k)[-k])
+
+
+def _draw_weighted(weights: Logits, top_p: float, random: np.random.Generator) -> int:
+    """An index, drawn by weight from the nucleus: the fewest heaviest whose share reaches top_p.
+
+    No sort: a draw from all weights is a draw from the nucleus if it lies inside, that is if what is heavier (of equal
+    ones, what comes before) has a share below top_p. If it lies outside, so does all that is not heavier, and
+    the next draw is among the heavier ones only. The expected number of draws is at most 1 + log(1 / top_p).
     """
-    total = float(weights.sum(dtype=np.float64))
-    heavy = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
-    order = heavy[np.argsort(-weights[heavy], kind="stable")]
-    sums = np.cumsum(weights[order], dtype=np.float64)
-    count = int(np.searchsorted(sums, top_p * total, side="left")) + 1
-    chosen = order[:count]
-    return (chosen if kept is None else kept[chosen]), weights[chosen]
+    if top_p == 1:
+        return _draw_index(weights, random.random())
+    share = top_p * float(weights.sum(dtype=np.float64))
+    among: NDArray[np.int64] | None = None  # indices into weights; None is all
+    while True:
+        drawn = _draw_index(weights, random.random())
+        own = weights[drawn]
+        heavier = weights > own
+        heavier[:drawn] |= weights[:drawn] == own
+        inside = np.flatnonzero(heavier)
+        above = weights[inside]
+        if not len(inside) or float(above.sum(dtype=np.float64)) < share:
+            return drawn if among is None else int(among[drawn])
+        among, weights = inside if among is None else among[inside], above
+
+
+def _draw_index(weights: Logits, uniform: float) -> int:
+    """The index at which the running sum of the weights passes `uniform`, in [0, 1), of their total.
+
+    Never one of weight 0: sums by block and one by one round differently, so targets are kept below the last sum.
+    """
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
+    target = min(uniform * float(sums[-1]), math.nextafter(float(sums[-1]), 0.0))
+    block = int(np.searchsorted(sums, target, side="right"))
+    start = block * _BLOCK
+    inner = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    if block:
+        target -= float(sums[block - 1])
+    return start + int(np.searchsorted(inner, min(target, math.nextafter(float(inner[-1]), 0.0)), side="right"))

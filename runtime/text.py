@@ -1,44 +1,81 @@
-"""From sampled tokens to text that can be shown: whole characters only, and no part of a stop string."""
+"""From sampled tokens to text that can be shown: whole characters only, and no part of a stop string.
 
+Knows a tokenizer's decoding; nothing of sampling, requests or streams.
+"""
+
+import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer:
     """Decodes token by token; what was pushed and flushed adds up to the tokenizer's decoding of all ids.
 
-    A token's text may depend on the one before it and may end inside a character, so the last tokens are decoded
-    again with each new one, and text is given out once it ends on a whole character.
+    A token's text may depend on the one before it, so the tokens since the last but one whole character are decoded
+    again with each new one. (`tokenizers.decoders.DecodeStream` does the same, but raises "Invalid prefix" when
+    malformed bytes change what came before, and cannot give out an unfinished end.) Two things are held back:
+
+    - a replacement character at the end, which may be the beginning of a character that the next token completes;
+    - a run of byte tokens (`<0xE4>`), because decoders with byte fallback replace a whole run if any of it is
+      malformed: its text is certain only when another token follows.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # where the window that is decoded again begins
-        self._given = 0  # tokens of which the text was given out
+        self._window: list[int] = []  # the tokens that are decoded together
+        self._whole = 0  # the first tokens of the window, up to a place where its text ended on a whole character
+        self._shown = 0  # the first characters of the window's text, which were given out
 
     def push(self, token_id: int) -> str:
-        """Take a token; return the text that is now certain."""
-        self._ids.append(token_id)
-        known = self._decode(self._start, self._given)
-        text = self._decode(self._start, len(self._ids))
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
+        """Take a token; return the text that is now certain. Ids outside the vocabulary have no text."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or self._is_special(token_id):
             return ""
-        self._start, self._given = self._given, len(self._ids)
-        return text[len(known) :]
+        self._window.append(token_id)
+        if _BYTE_TOKEN.fullmatch(token):
+            return ""
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT):
+            certain = text[self._shown : -1]
+            self._shown = len(text) - 1
+            self._cut_malformed(text)
+            return certain
+        certain = text[self._shown :]
+        recent = self._window[self._whole :]
+        recent_text = self._decode(recent)
+        # Without text of its own the recent part could not stand for "something came before" to a decoder that
+        # strips a leading space.
+        if recent_text:
+            self._window, self._whole, text = recent, len(recent), recent_text
+        self._shown = len(text)
+        return certain
 
     def flush(self) -> str:
         """Return what was held back: the rest of an unfinished character, as a replacement character."""
-        known = self._decode(self._start, self._given)
-        text = self._decode(self._start, len(self._ids))
-        self._start = self._given = len(self._ids)
-        return text[len(known) :]
+        text = self._decode(self._window)
+        certain = text[self._shown :]
+        self._shown = len(text)
+        return certain
 
-    def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+    def _cut_malformed(self, text: str) -> None:
+        """Drop tokens from a window that ends in malformed bytes, if the last one does not continue those before it."""
+        before, last_two, last_but_one = (
+            self._decode(part) for part in (self._window[:-1], self._window[-2:], self._window[-2:-1])
+        )
+        last = last_two.removeprefix(last_but_one)
+        if last and last != last_two and before + last == text:
+            self._window, self._whole, self._shown = self._window[-2:], 1, len(last_two) - 1
+
+    def _is_special(self, token_id: int) -> bool:
+        """Whether decoding leaves the token out."""
+        return not self._decode([token_id]) and bool(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class StopStrings:
@@ -49,7 +86,10 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Take text; return what may be shown, and the stop string if one is complete (the one that ends first)."""
+        """Take text; return what may be shown, and the stop string if one is complete.
+
+        Of several the one that ends first counts, of those the longest, as if the text came letter by letter.
+        """
         if not self._stops:
             return text, None
         self._held += text

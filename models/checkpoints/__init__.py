@@ -14,6 +14,8 @@ from .hub import download, is_hub_id
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
     """Open a checkpoint for reading; weights stay in their files until they are loaded.
@@ -24,21 +26,28 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, offline:
         offline: of a hub id: use the local cache only.
 
     Raises:
-        CheckpointError: it is not there, or it is not sound.
-        ConfigError, UnsupportedArchitectureError: a GGUF describes a model that Zonda does not have.
+        CheckpointError: it is not there, cannot be read, or is not sound.
+        UnsupportedArchitectureError: a GGUF describes a model that Zonda does not have.
     """
+    try:
+        return _open(source, revision, offline)
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error}") from error
+
+
+def _open(source: str | Path, revision: str | None, offline: bool) -> Checkpoint:
     path = Path(source)
     if path.is_dir():
         return FolderCheckpoint(path)
     if path.is_file():
         if path.suffix == ".gguf":
             return GgufCheckpoint(path)
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        if path.suffix in _PICKLES:
             raise CheckpointError(
                 f"{path} is a pickle, and loading a pickle runs the code in it; convert to safetensors"
             )
         raise CheckpointError(f"{path}: expected a folder, a .gguf file, or a hub id")
-    if is_hub_id(str(source)):
+    if is_hub_id(str(source)) and path.suffix not in (".gguf", ".safetensors", *_PICKLES):
         folder, commit = download(str(source), revision=revision, offline=offline)
         return FolderCheckpoint(folder, name=str(source), revision=commit)
     raise CheckpointError(f"{source}: there is no such file or folder, and it is no hub id (organisation/name)")

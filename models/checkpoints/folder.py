@@ -30,12 +30,14 @@ class FolderCheckpoint:
         """
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is not an HF checkpoint folder")
-        self.config: dict[str, Any] = read_json(path / "config.json")
-        self._files = {file: SafetensorsFile(path / file) for file in _weight_files(path)}
+        self.config: dict[str, Any] = _read_json(path, "config.json")
+        self._files = {file: SafetensorsFile(_inside(path, file)) for file in _weight_files(path)}
         self._place = _place_tensors(path, self._files)
         self.tensors: Mapping[str, TensorInfo] = {
             name: self._files[file].tensors[name] for name, file in self._place.items()
         }
+        if not self.tensors:
+            raise CheckpointError(f"{path}: its weight files hold no tensors")
         stored = sorted({info.stored for info in self.tensors.values()})
         self.source = CheckpointSource(name or path.resolve().name, f"safetensors {' '.join(stored)}", revision)
         self.files: Mapping[str, bytes] = _text_files(path)
@@ -49,26 +51,40 @@ class FolderCheckpoint:
         return files_sha256([file.path for file in self._files.values()])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+def _inside(path: Path, name: str) -> Path:
+    """The file `name` of the folder; a link may lead out of it only to the blobs of the hub cache it lies in."""
+    folder = path.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    target = (path / name).resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{path / name} is a link to {target}, outside of its folder; put the file itself there")
+    return path / name
 
-    Raises:
-        CheckpointError: too large, not UTF-8, not JSON, or not an object.
-    """
-    if path.stat().st_size > _MAX_TEXT:
-        raise CheckpointError(f"{path} is too large to be what it is called")
+
+def _read_text(path: Path, name: str) -> bytes:
+    file = _inside(path, name)
+    if file.stat().st_size > _MAX_TEXT:
+        raise CheckpointError(f"{file} is too large to be what it is called")
+    return file.read_bytes()
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object that can be written again: half a surrogate pair could not."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(_read_text(path, name).decode())
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path / name} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
+        raise CheckpointError(f"{path / name} must hold a JSON object")
     return value
 
 
 def _weight_files(path: Path) -> list[str]:
     if (path / _INDEX).is_file():
-        weight_map = read_json(path / _INDEX).get("weight_map")
+        weight_map = _read_json(path, _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{path / _INDEX}: weight_map must map tensor names to file names")
         shards = sorted(set(weight_map.values()))
@@ -98,7 +114,7 @@ def _place_tensors(path: Path, files: Mapping[str, SafetensorsFile]) -> dict[str
                 raise CheckpointError(f"{path}: the tensor {name} is in {place[name]} and in {file}")
             place[name] = file
     if (path / _INDEX).is_file():
-        listed: dict[str, str] = read_json(path / _INDEX)["weight_map"]
+        listed: dict[str, str] = _read_json(path, _INDEX)["weight_map"]
         for name in sorted(set(listed) | set(place)):
             if listed.get(name) != place.get(name):
                 where = place.get(name, "no file")
@@ -108,20 +124,14 @@ def _place_tensors(path: Path, files: Mapping[str, SafetensorsFile]) -> dict[str
 
 def _text_files(path: Path) -> dict[str, bytes]:
     """The text files that travel; a chat template inside tokenizer_config.json becomes a file of its own."""
-    files = {name: _bounded(path / name) for name in TEXT_FILES if (path / name).is_file()}
+    files = {name: _read_text(path, name) for name in TEXT_FILES if (path / name).is_file()}
     if "tokenizer_config.json" in files:
-        config = read_json(path / "tokenizer_config.json")
+        config = _read_json(path, "tokenizer_config.json")
         template = config.pop("chat_template", None)
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if isinstance(template, str) and "chat_template.jinja" not in files:
             files["chat_template.jinja"] = template.encode()
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files
-
-
-def _bounded(path: Path) -> bytes:
-    if path.stat().st_size > _MAX_TEXT:
-        raise CheckpointError(f"{path} is too large to be what it is called")
-    return path.read_bytes()

@@ -1,13 +1,14 @@
-"""A GGUF file as a checkpoint: metadata becomes an HF config, tensors get HF names and row order, float32 values."""
+"""A GGUF file as a checkpoint: tensors get HF names, HF row order and float values; nothing is kept in memory."""
 
-import re
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,6 +17,7 @@ from ... import CheckpointError
 from .. import registry
 from ..architecture import GgufLayout
 from .base import CheckpointSource, TensorInfo, files_sha256
+from .gguf_config import read_config
 from .gguf_reader import GgufFile, GgufTensor, read_gguf
 from .gguf_tokenizer import tokenizer_files
 
@@ -23,9 +25,10 @@ _FLOATS = {
     GGMLQuantizationType.F64: torch.float64,
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp's form of the llama3 scaling: a divisor a frequency
+_CHUNK = 1 << 20  # elements dequantised at a time: the peak is the tensor and a little
 
 
 class GgufCheckpoint:
@@ -37,136 +40,54 @@ class GgufCheckpoint:
         """Read the header, translate metadata and names.
 
         Raises:
-            CheckpointError: the file is unsound, or misses what a model needs.
+            CheckpointError: the file is unsound, misses what a model needs, or uses what is not supported.
             UnsupportedArchitectureError: of an architecture that Zonda does not have.
         """
-        if (split := _SPLIT.search(path.name)) and split[1] != "00001":
-            raise CheckpointError(f"{path} is one of {int(split[1])} parts; join them with llama-gguf-split --merge")
         self._path = path
         self._file = read_gguf(path)
-        metadata = _Metadata(path, self._file)
-        architecture = registry.find_gguf(metadata.text("general.architecture"))
+        metadata = self._file.metadata
+        if metadata.get("split.count", 1) != 1:
+            raise CheckpointError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
+        name = metadata.get("general.architecture")
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: the metadata key 'general.architecture' is missing, or no text")
+        architecture = registry.find_gguf(name)
         assert architecture.gguf is not None
         self._layout = architecture.gguf
+        _refuse_types(path, self._file)
         self._stored = _rename(path, self._file, self._layout)
-        self.config = _config(metadata, self._file, self._layout, architecture.names[0], self._stored)
+        self.files: Mapping[str, bytes] = tokenizer_files(path, metadata)
+        factors = self._file.tensors.get(_ROPE_FACTORS)
+        rope_factors = None if factors is None else _values(self._file, factors, None).float().flatten().numpy()
+        self.config: dict[str, Any] = read_config(path, self._file, self._layout, architecture.names[0], rope_factors)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tensor.shape, _FLOATS.get(tensor.type, torch.float32), tensor.type.name)
             for name, tensor in self._stored.items()
         }
-        weights = [tensor.type.name for tensor in self._stored.values() if len(tensor.shape) > 1]
-        common = max(sorted(set(weights)), key=weights.count) if weights else "empty"
-        self.source = CheckpointSource(path.name, f"GGUF {common}")
-        self.files: Mapping[str, bytes] = tokenizer_files(path, self._file.metadata)
+        weights: Counter[str] = Counter()
+        for tensor in self._stored.values():
+            weights[tensor.type.name] += math.prod(tensor.shape)
+        self.source = CheckpointSource(path.name, f"GGUF {weights.most_common(1)[0][0]}")
 
     def load(self, name: str) -> Tensor:
         """See `Checkpoint`."""
+        if self._path.stat().st_size != len(self._file.mapping):
+            raise CheckpointError(f"{self._path} changed its size since it was opened")
         tensor = self._stored[name]
-        array = _values(self._path, tensor, self._file.raw(tensor))
-        parts = name.split(".")
-        if len(parts) > 1 and parts[-2] in self._layout.permuted:
-            heads = "num_key_value_heads" if parts[-2] == "k_proj" else "num_attention_heads"
-            array = _unpermute(array, self.config[heads])
-        owned = np.require(array, requirements=["C", "W"])  # a copy if it was still a view of the file
+        module = name.split(".")[-2]
+        order = None
+        if module in self._layout.permuted:
+            heads = self.config["num_key_value_heads" if module == "k_proj" else "num_attention_heads"]
+            if tensor.shape[0] % (2 * heads):
+                raise CheckpointError(f"{self._path}: the {tensor.shape[0]} rows of {tensor.name} are no {heads} heads")
+            order = _row_order(tensor.shape[0], heads)
+        values = _values(self._file, tensor, order)
         self._file.release()
-        return torch.from_numpy(owned)
+        return values
 
     def sha256(self) -> dict[str, str]:
         """See `Checkpoint`."""
         return files_sha256([self._path])
-
-
-class _Metadata:
-    """Typed reads of the metadata of one architecture."""
-
-    def __init__(self, path: Path, file: GgufFile) -> None:
-        self._path = path
-        self._values = file.metadata
-
-    def text(self, key: str) -> str:
-        return str(self._read(key, lambda v: isinstance(v, str), "a text"))
-
-    def integer(self, key: str) -> int:
-        return int(
-            self._read(key, lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a positive integer")
-        )
-
-    def number(self, key: str) -> float:
-        return float(self._read(key, lambda v: isinstance(v, float) and np.isfinite(v) and v > 0, "a positive number"))
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-    def _read(self, key: str, good: Callable[[Any], bool], wanted: str) -> Any:
-        if key not in self._values:
-            raise CheckpointError(f"{self._path}: the metadata key {key!r} is missing")
-        if not good(self._values[key]):
-            raise CheckpointError(
-                f"{self._path}: the metadata key {key!r} must be {wanted}, found {self._values[key]!r}"
-            )
-        return self._values[key]
-
-
-def _config(
-    metadata: _Metadata, file: GgufFile, layout: GgufLayout, name: str, stored: Mapping[str, GgufTensor]
-) -> dict[str, Any]:
-    """config.json as HF would have it; keys are the same for every decoder that llama.cpp writes."""
-    prefix = layout.name
-    heads = metadata.integer(f"{prefix}.attention.head_count")
-    optional: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "num_key_value_heads": (f"{prefix}.attention.head_count_kv", metadata.integer),
-        "head_dim": (f"{prefix}.attention.key_length", metadata.integer),
-        "rope_theta": (f"{prefix}.rope.freq_base", metadata.number),
-    }
-    embedding = next((t for n, t in stored.items() if n.endswith("embed_tokens.weight")), None)
-    if embedding is None:
-        raise CheckpointError(f"{metadata.text('general.architecture')}: the file has no token embedding")
-    config: dict[str, Any] = {
-        "architectures": [name],
-        "vocab_size": embedding.shape[0],
-        "hidden_size": metadata.integer(f"{prefix}.embedding_length"),
-        "intermediate_size": metadata.integer(f"{prefix}.feed_forward_length"),
-        "num_hidden_layers": metadata.integer(f"{prefix}.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "rms_norm_eps": metadata.number(f"{prefix}.attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": metadata.integer(f"{prefix}.context_length"),
-        "hidden_act": "silu",
-        "tie_word_embeddings": "lm_head.weight" not in stored,
-        "attention_bias": any(n.endswith("q_proj.bias") for n in stored),
-        "mlp_bias": any(n.endswith("gate_proj.bias") for n in stored),
-    }
-    config |= {key: read(source) for key, (source, read) in optional.items() if metadata.has(source)}
-    head_dim = config.get("head_dim", config["hidden_size"] // heads)
-    if metadata.has(f"{prefix}.rope.dimension_count"):
-        rotary = metadata.integer(f"{prefix}.rope.dimension_count")
-        if rotary != head_dim:
-            config["partial_rotary_factor"] = rotary / head_dim
-    scaling = _rope_scaling(metadata, prefix, file)
-    if scaling:
-        config["rope_scaling"] = scaling
-    for key, source in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
-        if metadata.has(f"tokenizer.ggml.{source}_token_id"):
-            config[key] = file.metadata[f"tokenizer.ggml.{source}_token_id"]
-    if layout.config is not None:
-        config |= layout.config({k.removeprefix(f"{prefix}."): v for k, v in file.metadata.items()})
-    return config
-
-
-def _rope_scaling(metadata: _Metadata, prefix: str, file: GgufFile) -> dict[str, Any] | None:
-    if _ROPE_FACTORS in file.tensors:
-        tensor = file.tensors[_ROPE_FACTORS]
-        return {"rope_type": "factors", "factors": _values(Path(_ROPE_FACTORS), tensor, file.raw(tensor)).tolist()}
-    if not metadata.has(f"{prefix}.rope.scaling.type"):
-        return None
-    kind = metadata.text(f"{prefix}.rope.scaling.type")
-    if kind == "none":
-        return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": metadata.number(f"{prefix}.rope.scaling.factor")}
-    if metadata.has(f"{prefix}.rope.scaling.original_context_length"):
-        original = metadata.integer(f"{prefix}.rope.scaling.original_context_length")
-        scaling["original_max_position_embeddings"] = original
-    return scaling
 
 
 def _rename(path: Path, file: GgufFile, layout: GgufLayout) -> dict[str, GgufTensor]:
@@ -185,21 +106,36 @@ def _rename(path: Path, file: GgufFile, layout: GgufLayout) -> dict[str, GgufTen
     return renamed
 
 
-def _values(path: Path, tensor: GgufTensor, raw: NDArray[np.uint8]) -> NDArray[Any]:
-    if tensor.type in _FLOATS:
-        dtype = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}[_FLOATS[tensor.type]]
-        return raw.view(dtype).reshape(tensor.shape)
-    try:
-        rows = raw.reshape(*tensor.shape[:-1], -1)
-        values: NDArray[np.float32] = dequantize(rows, tensor.type)
-    except (NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path}: {tensor.name} is stored as {tensor.type.name}, which cannot be read") from error
+def _refuse_types(path: Path, file: GgufFile) -> None:
+    """Raise for a tensor type that cannot be dequantised, before anything is loaded."""
+    for tensor in {tensor.type: tensor for tensor in file.tensors.values() if tensor.type not in _FLOATS}.values():
+        try:
+            dequantize(np.zeros(GGML_QUANT_SIZES[tensor.type][1], np.uint8), tensor.type)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{path}: {tensor.name} is stored as {tensor.type.name}, which cannot be read"
+            ) from None
+
+
+def _values(file: GgufFile, tensor: GgufTensor, order: Tensor | None) -> Tensor:
+    """The tensor as torch has it; `order` says which row each stored row becomes. Blocks never cross rows."""
+    dtype = _FLOATS.get(tensor.type, torch.float32)
+    one_row = len(tensor.shape) == 1 and tensor.type not in _FLOATS
+    rows = 1 if one_row else tensor.shape[0]
+    columns = math.prod(tensor.shape) // rows
+    stored = file.raw(tensor).reshape(rows, -1)
+    values = torch.empty(rows, columns, dtype=dtype)
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part: NDArray[np.uint8] = stored[start : start + step]
+        where = slice(start, start + len(part)) if order is None else order[start : start + step]
+        if tensor.type in _FLOATS:
+            values[where] = torch.from_numpy(part.copy()).view(dtype)
+        else:
+            values[where] = torch.from_numpy(dequantize(part, tensor.type))
     return values.reshape(tensor.shape)
 
 
-def _unpermute(array: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Undo llama.cpp's row order for its interleaved RoPE: (heads, D/2, 2) back to (heads, 2, D/2)."""
-    if array.shape[0] % (2 * heads):
-        raise CheckpointError(f"{array.shape[0]} rows cannot be {heads} heads")
-    split = array.reshape(heads, -1, 2, *array.shape[1:])
-    return split.swapaxes(1, 2).reshape(array.shape)
+def _row_order(rows: int, heads: int) -> Tensor:
+    """Where llama.cpp's rows belong: its interleaved RoPE wants (heads, D/2, 2), the checkpoint has (heads, 2, D/2)."""
+    return torch.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).flatten()

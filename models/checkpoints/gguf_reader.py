@@ -30,8 +30,12 @@ _SCALARS = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
+# What no real file comes near; a lie in a sparse file of many gigabytes must not cost more than these.
+_MAX_HEADER = 128 << 20
+_MAX_TEXT = 16 << 20
+_MAX_ELEMENTS = 1 << 22  # of all metadata arrays together; Gemma's vocabulary and merges are 0.8 million
 _MAX_NAME = 1 << 16
-_MAX_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checked file: metadata by key, tensors by name, and the whole file mapped."""
+    """A checked file: metadata by key (arrays as lists), tensors by name, and the whole file mapped."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -84,8 +88,8 @@ def read_gguf(path: Path) -> GgufFile:
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
         key = cursor.text(_MAX_NAME, "a metadata key")
-        if key in metadata:
-            raise cursor.error(f"the metadata key {key!r} appears twice")
+        if not key or key in metadata:
+            raise cursor.error(f"the metadata key {key!r} appears twice" if key else "a metadata key is empty")
         metadata[key] = cursor.value(key)
     places = [_read_place(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
@@ -102,6 +106,7 @@ class _Cursor:
         self.path = path
         self.size = len(data)
         self.position = 0
+        self._elements = 0
         self._data = memoryview(data)
 
     def error(self, message: str) -> CheckpointError:
@@ -112,6 +117,8 @@ class _Cursor:
             raise self.error(
                 f"it ends inside {what}: {length:,} bytes are announced at {self.position:,} of {self.size:,}"
             )
+        if self.position + length > _MAX_HEADER:
+            raise self.error(f"its header passes {_MAX_HEADER:,} bytes inside {what}, more than any model needs")
         self.position += length
         return self._data[self.position - length : self.position]
 
@@ -123,6 +130,14 @@ class _Cursor:
         count: int = self.number("Q", f"the number of {what}")
         if count * smallest > self.size - self.position:
             raise self.error(f"it announces {count:,} {what}, more than its {self.size:,} bytes can hold")
+        return count
+
+    def elements(self, smallest: int, key: str) -> int:
+        """The length of an array."""
+        count = self.count(smallest, f"elements of {key}")
+        self._elements += count
+        if self._elements > _MAX_ELEMENTS:
+            raise self.error(f"its arrays up to {key} have {self._elements:,} elements, more than any model needs")
         return count
 
     def text(self, longest: int, what: str) -> str:
@@ -146,16 +161,19 @@ class _Cursor:
 
     def _typed(self, kind: GGUFValueType, key: str) -> Any:
         if kind == GGUFValueType.STRING:
-            return self.text(self.size, f"the text of {key}")
+            return self.text(_MAX_TEXT, f"the text of {key}")
+        if kind == GGUFValueType.FLOAT32:
+            # the shortest decimal that means this float32 is what the model's authors wrote: 1e-05
+            return float(str(np.float32(self.number("f", key))))
         if kind != GGUFValueType.ARRAY:
             return self.number(_SCALARS[kind], key)
         inner = self._type(key)
         if inner == GGUFValueType.ARRAY:
             raise self.error(f"the metadata key {key!r} is an array of arrays, which no known key is")
         if inner == GGUFValueType.STRING:
-            return [self.text(self.size, f"an element of {key}") for _ in range(self.count(8, f"elements of {key}"))]
+            return [self.text(_MAX_TEXT, f"an element of {key}") for _ in range(self.elements(8, key))]
         size = struct.calcsize("<" + _SCALARS[inner])
-        count = self.count(size, f"elements of {key}")
+        count = self.elements(size, key)
         return np.frombuffer(self.take(count * size, key), "<" + _SCALARS[inner]).tolist()
 
 
@@ -186,13 +204,14 @@ def _place_tensors(
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise cursor.error(f"{name} of shape {list(shape)} cannot be stored as {kind.name}, in blocks of {block}")
-        nbytes = math.prod(shape) // block * block_bytes
-        if offset % alignment or start + offset + nbytes > cursor.size:
-            raise cursor.error(
-                f"{name} should lie at {start + offset:,} to {start + offset + nbytes:,}; the file has "
-                f"{cursor.size:,} bytes. It is truncated or corrupt; download it again"
-            )
-        tensors[name] = GgufTensor(name, kind, shape, start + offset, nbytes)
+        if offset % alignment:
+            raise cursor.error(f"the data of {name} are not aligned to {alignment} bytes")
+        tensors[name] = GgufTensor(name, kind, shape, start + offset, math.prod(shape) // block * block_bytes)
+    needed = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
+    if needed > cursor.size:
+        raise cursor.error(
+            f"the file is {cursor.size:,} bytes, its tensors need {needed:,}: truncated or corrupt; download it again"
+        )
     position, before = 0, ""
     for tensor in sorted(tensors.values(), key=lambda t: t.offset):
         if tensor.offset < position:

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF's metadata, rebuilt as tokenizer.json: byte-level BPE with its right pre-tokenizer."""
+"""The tokenizer in a GGUF's metadata, rebuilt as the files that an HF checkpoint has: byte-level BPE only."""
 
 import json
 from collections.abc import Mapping
@@ -8,23 +8,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ... import CheckpointError
+from .gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-_PLAIN = {"gpt-2", "gpt2", "olmo", "phi-2", "jais"}
-_REGEX = dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "falcon3"), _LLAMA3) | {
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "stablelm2": _QWEN2,
-}
-"""`tokenizer.ggml.pre` -> how text is split, as these models' own tokenizer.json files do it."""
+_NO_TOKEN = 0xFFFFFFFF
+_HF_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""Control tokens that end an answer, where the chat template says so; files often name only the end of a document."""
 
 
 def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -36,30 +26,50 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]
     read = _Reader(path, metadata)
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
-        raise CheckpointError(
-            f"{path}: its tokenizer is of the kind {model!r}; only byte-level BPE ('gpt2') is supported so far"
-        )
-    tokens = read.texts("tokenizer.ggml.tokens")
-    tokenizer = _tokenizer(read, tokens)
-    special = {
-        name: tokens[i] for name in ("bos", "eos", "unknown", "padding") if (i := read.token_id(name)) is not None
+        raise read.error(f"its tokenizer is of the kind {model!r}; only byte-level BPE ('gpt2') is supported so far")
+    name = metadata.get("tokenizer.ggml.pre")
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise read.error(f"its pre-tokenizer {name!r} (tokenizer.ggml.pre) is not supported; known: {known}")
+    pre, tokens = PRE_TOKENIZERS[name], read.tokens()
+    types = read.types(len(tokens))
+    special = {hf: i for gguf, hf in _HF_NAMES.items() if (i := token_id(path, metadata, gguf)) is not None}
+    add = {
+        f"add_{which}_token": read.boolean(f"tokenizer.ggml.add_{which}_token", default)
+        for which, default in (("bos", pre.add_bos and "bos_token" in special), ("eos", False))
     }
-    config = {f"{hf}_token": special[name] for name, hf in _HF_NAMES.items() if name in special}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    ends = [i for name in ("eos", "eot") if (i := read.token_id(name)) is not None]
-    generation = {"eos_token_id": list(dict.fromkeys(ends))}
+    front, back = (_added(read, add, special, which) for which in ("bos", "eos"))
+    template = metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise read.error("tokenizer.chat_template is no text")
+    config: dict[str, Any] = {hf: tokens[i] for hf, i in special.items()} | add
+    config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    generation: dict[str, Any] = {f"{hf}_id": special[hf] for hf in ("bos_token", "pad_token") if hf in special}
+    generation["eos_token_id"] = _end_ids(read, tokens, types, template)
     files = {
-        "tokenizer.json": tokenizer.to_str(pretty=False).encode(),
+        "tokenizer.json": _tokenizer(read, pre, tokens, types, front, back).to_str(pretty=False).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation, indent=2).encode(),
     }
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
+    if template:
         files["chat_template.jinja"] = template.encode()
     return files
 
 
-_HF_NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+def token_id(path: Path, metadata: Mapping[str, Any], name: str) -> int | None:
+    """The number under `tokenizer.ggml.{name}_token_id`, None where there is none.
+
+    Raises:
+        CheckpointError: it is no token's number.
+    """
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is None or value == _NO_TOKEN:
+        return None
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id is {value!r}, the number of none of its tokens")
+    return value
 
 
 class _Reader:
@@ -67,64 +77,74 @@ class _Reader:
         self.path = path
         self.metadata = metadata
 
-    def texts(self, key: str) -> list[str]:
+    def tokens(self) -> list[str]:
+        """The vocabulary; an empty entry gets the name that llama.cpp gives it."""
+        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.sequence("tokenizer.ggml.tokens", str))]
+        if len(set(tokens)) != len(tokens):
+            raise self.error("tokenizer.ggml.tokens names a token twice")
+        return tokens
+
+    def types(self, count: int) -> list[int]:
+        """What each token is: normal, control, user-defined, …"""
+        types = self.sequence("tokenizer.ggml.token_type", int)
+        if len(types) != count:
+            raise self.error(f"there are {count:,} tokens, but tokenizer.ggml.token_type has {len(types):,} entries")
+        return types
+
+    def sequence(self, key: str, kind: type) -> list[Any]:
         value = self.metadata.get(key)
-        if not isinstance(value, list) or not value or not isinstance(value[0], str):
-            raise self.error(f"{key} must be a list of texts")
+        if not isinstance(value, list) or (value and type(value[0]) is not kind):  # arrays have one type
+            raise self.error(f"{key} is missing, or no list of {kind.__name__}")
         return value
 
-    def token_id(self, name: str) -> int | None:
-        value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is None or value == 0xFFFFFFFF:
-            return None
-        if not isinstance(value, int) or not 0 <= value < len(self.texts("tokenizer.ggml.tokens")):
-            raise self.error(f"tokenizer.ggml.{name}_token_id is {value!r}, no token's number")
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{key} is neither true nor false")
         return value
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")
 
 
-def _tokenizer(read: _Reader, tokens: list[str]) -> Tokenizer:
+def _added(read: _Reader, add: Mapping[str, bool], special: Mapping[str, int], which: str) -> int | None:
+    if not add[f"add_{which}_token"]:
+        return None
+    if f"{which}_token" not in special:
+        raise read.error(f"tokenizer.ggml.add_{which}_token is set, but there is no tokenizer.ggml.{which}_token_id")
+    return special[f"{which}_token"]
+
+
+def _end_ids(read: _Reader, tokens: list[str], types: list[int], template: str) -> list[int]:
+    """Tokens that end a sequence: those that the file names, and those with which its chat template ends a turn."""
+    named = [token_id(read.path, read.metadata, name) for name in ("eos", "eot", "eom")]
+    control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL}
+    shown = [control[text] for text in _ENDS_OF_TURN if text in template and text in control]
+    return list(dict.fromkeys([i for i in named if i is not None] + shown))
+
+
+def _tokenizer(
+    read: _Reader, pre: PreTokenizer, tokens: list[str], types: list[int], front: int | None, back: int | None
+) -> Tokenizer:
+    merges = [tuple(merge.split(" ", 1)) for merge in read.sequence("tokenizer.ggml.merges", str)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise read.error("tokenizer.ggml.tokens names a token twice")
-    merges = [tuple(merge.split(" ", 1)) for merge in read.texts("tokenizer.ggml.merges")]
-    pre = str(read.metadata.get("tokenizer.ggml.pre"))
     try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=_REGEX.get(pre) is _LLAMA3))  # type: ignore[arg-type]
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre.ignore_merges))
+        tokenizer.decoder = decoders.ByteLevel()
+        splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in pre.splits]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+        if pre.nfc:
+            tokenizer.normalizer = normalizers.NFC()
+        for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+            texts = [token for token, token_type in zip(tokens, types, strict=True) if token_type == kind]
+            tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in texts])
+        if front is not None or back is not None:
+            ends = [[] if i is None else [tokens[i]] for i in (front, back)]
+            numbers = [(tokens[i], i) for i in dict.fromkeys((front, back)) if i is not None]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[*ends[0], "$A", *ends[1]], special_tokens=numbers
+            )
     except Exception as error:  # tokenizers raises bare Exception
-        raise read.error(f"tokens and merges do not make a BPE tokenizer: {error}") from error
-    tokenizer.pre_tokenizer = _pre_tokenizer(read, pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    if _REGEX.get(pre) is _QWEN2 and pre != "stablelm2":
-        tokenizer.normalizer = normalizers.NFC()
-    types = read.metadata.get("tokenizer.ggml.token_type", [])
-    if not isinstance(types, list) or len(types) not in (0, len(tokens)):
-        raise read.error("tokenizer.ggml.token_type must have one entry a token")
-    for token, kind in zip(tokens, types, strict=False):
-        if kind == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-    bos, eos = read.token_id("bos"), read.token_id("eos")
-    front = bos is not None and read.metadata.get("tokenizer.ggml.add_bos_token", _REGEX.get(pre) is _LLAMA3)
-    back = eos is not None and read.metadata.get("tokenizer.ggml.add_eos_token", False)
-    if front or back:
-        parts = [*([tokens[bos]] if front else []), "$A", *([tokens[eos]] if back else [])]  # type: ignore[index]
-        pairs = [(tokens[i], i) for i in {bos, eos} if i is not None]
-        tokenizer.post_processor = processors.TemplateProcessing(single=parts, special_tokens=pairs)
+        raise read.error(f"its tokens, types and merges do not make a tokenizer: {error}") from error
     return tokenizer
-
-
-def _pre_tokenizer(read: _Reader, pre: str) -> pre_tokenizers.PreTokenizer:
-    if pre in _PLAIN:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre in _DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if pre in _REGEX:
-        split = pre_tokenizers.Split(Regex(_REGEX[pre]), "isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    known = ", ".join(sorted({*_PLAIN, *_DIGITS, *_REGEX}))
-    raise read.error(f"its pre-tokenizer {pre!r} (tokenizer.ggml.pre) is not supported; known: {known}")

@@ -7,7 +7,8 @@ from ... import CheckpointError
 from .base import TEXT_FILES
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_NEEDED = ["config.json", *TEXT_FILES, "*.safetensors", "*.safetensors.index.json"]
+# not `*.safetensors`: some repositories hold the weights a second time, as `consolidated.safetensors`
+_NEEDED = ["config.json", *TEXT_FILES, "model*.safetensors", "model.safetensors.index.json"]
 
 
 def is_hub_id(source: str) -> bool:
@@ -44,10 +45,12 @@ def download(repo_id: str, *, revision: str | None = None, offline: bool = False
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: the repository has no such revision") from error
     except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"{name} does not exist, or is private and needs `hf auth login`") from error
+        raise CheckpointError(
+            f"{name}: there is no such folder here and no such repository on the hub; if it is private, `hf auth login`"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         remedy = "build once without --offline" if offline else "check the network"
         raise CheckpointError(f"{name} is not in the local hub cache; {remedy}") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # the library lets through what its HTTP client raises, and clients change
         raise CheckpointError(f"{name} could not be downloaded: {error}") from error
     return Path(folder), Path(folder).name

@@ -16,6 +16,8 @@ from ... import CheckpointError
 from .base import TensorInfo
 
 _MAX_HEADER = 100_000_000  # the library's own limit
+_MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_INTEGER = (1 << 63) - 1
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _KNOWN = {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}
@@ -51,7 +53,7 @@ class SafetensorsFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise self._error(f"{name} cannot be read: {error}") from error
         return tensor
 
@@ -62,11 +64,12 @@ class SafetensorsFile:
             return dict(pairs)
 
         try:
-            header = json.loads(data, object_pairs_hook=unique)
+            header = json.loads(data.decode(), object_pairs_hook=unique)
+            if not isinstance(header, dict):
+                raise self._error("its header is not a JSON object")
+            "".join(header).encode()  # half a surrogate pair cannot be written, not even in a message
         except (ValueError, RecursionError) as error:
             raise self._error(f"its header is not JSON: {error}") from error
-        if not isinstance(header, dict):
-            raise self._error("its header is not a JSON object")
         return header
 
     def _check(self, name: str, entry: Any, size: int) -> tuple[int, int, str]:
@@ -74,9 +77,9 @@ class SafetensorsFile:
             stored, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise self._error(f"{name} lacks dtype, shape or data_offsets") from None
-        numbers = [start, end, *shape] if isinstance(shape, list) else [None]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-            raise self._error(f"{name}: shape and data_offsets must be integers, not negative")
+        numbers = [start, end, *shape] if isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS else [None]
+        if not all(type(n) is int and 0 <= n <= _MAX_INTEGER for n in numbers):
+            raise self._error(f"{name}: shape and data_offsets must be integers, not negative and not too large")
         if not isinstance(stored, str) or stored not in _KNOWN:
             raise self._error(f"{name} has dtype {stored!r}; known: {', '.join(_KNOWN)}")
         wanted = math.prod(shape) * _KNOWN[stored].itemsize

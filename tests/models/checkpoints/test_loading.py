@@ -1,0 +1,114 @@
+"""Strict loading: every tensor used, every parameter filled, tied weights the same."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zonda import CheckpointError
+from zonda.models.checkpoints.base import CheckpointSource, TensorInfo
+from zonda.models.loading import load_weights, match_parameters
+
+
+@dataclass
+class Held:
+    """A checkpoint in memory."""
+
+    held: dict[str, Tensor]
+    kind: str = "normal"
+    source: CheckpointSource = CheckpointSource("held", "memory")  # noqa: RUF009
+    config: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype)) for name, t in self.held.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.held[name]
+
+    def sha256(self) -> dict[str, str]:
+        return {}
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4, bias=False)
+        self.lm_head = nn.Linear(4, 6, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+
+EMBED, NORM = torch.arange(24).reshape(6, 4).float(), torch.ones(4)
+
+
+def model(tied: bool = True) -> Model:
+    with torch.device("meta"):
+        return Model(tied)
+
+
+def test_fills_a_model_on_the_meta_device():
+    filled = model()
+    load_weights(filled, Held({"embed.weight": EMBED.half(), "norm.weight": NORM}))
+    assert torch.equal(filled.embed.weight, EMBED)
+    assert filled.embed.weight.dtype == torch.float32
+    assert filled.lm_head.weight is filled.embed.weight
+    assert not any(parameter.requires_grad for parameter in filled.parameters())
+
+
+def test_integer_codes_stay_integers():
+    filled = nn.Module()
+    filled.codes = nn.Parameter(torch.empty(4, dtype=torch.int8, device="meta"), requires_grad=False)
+    load_weights(filled, Held({"codes": torch.tensor([1, -2, 3, -4], dtype=torch.int8)}))
+    assert filled.codes.dtype == torch.int8
+
+
+@pytest.mark.parametrize(
+    "names", [["embed.weight"], ["lm_head.weight"], ["embed.weight", "lm_head.weight"]], ids=" and ".join
+)
+def test_a_tied_weight_may_have_either_name_or_both(names):
+    held = Held(dict.fromkeys(names, EMBED) | {"norm.weight": NORM})
+    matched = match_parameters(model(), held)
+    assert set(matched) == {"embed.weight", "lm_head.weight", "norm.weight"}
+    assert matched["lm_head.weight"] == matched["embed.weight"] == names[0]
+
+
+def test_tied_weights_must_be_the_same_bytes():
+    other = EMBED.clone()
+    other[5, 3] += 1e-6 * other[5, 3]
+    held = Held({"embed.weight": EMBED, "lm_head.weight": other, "norm.weight": NORM})
+    with pytest.raises(CheckpointError, match=r"ties embed\.weight and lm_head\.weight, but their weights differ"):
+        match_parameters(model(), held)
+    nan = torch.full_like(EMBED, float("nan"))
+    match_parameters(model(), Held({"embed.weight": nan, "lm_head.weight": nan.clone(), "norm.weight": NORM}))
+
+
+def test_an_untied_head_must_be_there():
+    with pytest.raises(CheckpointError, match=r"held does not fit the model: 1 missing: lm_head\.weight"):
+        match_parameters(model(tied=False), Held({"embed.weight": EMBED, "norm.weight": NORM}))
+
+
+def test_one_error_names_everything_that_is_wrong():
+    held = Held({"embed.weight": EMBED[:5], "surplus": NORM, "other": NORM})
+    with pytest.raises(CheckpointError) as caught:
+        match_parameters(model(), held)
+    assert str(caught.value) == (
+        "held does not fit the model: 1 missing: norm.weight; 2 unexpected: surplus, other; "
+        "1 of another shape: embed.weight [5, 4], expected [6, 4]"
+    )
+
+
+def test_a_long_list_is_cut_and_counted():
+    held = Held({"embed.weight": EMBED, "norm.weight": NORM} | {f"surplus.{i}": NORM for i in range(30)})
+    with pytest.raises(CheckpointError, match=r"30 unexpected: surplus\.0, .*surplus\.7 and 22 more"):
+        match_parameters(model(), held)
+
+
+def test_tensors_that_carry_nothing_are_ignored_by_pattern():
+    held = Held({"embed.weight": EMBED, "norm.weight": NORM, "layers.3.rotary_emb.inv_freq": NORM})
+    match_parameters(model(), held, ["layers.*.rotary_emb.inv_freq"])
+    with pytest.raises(CheckpointError, match="inv_freq"):
+        match_parameters(model(), held, ["layers.*.other"])
