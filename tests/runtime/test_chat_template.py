@@ -246,7 +246,7 @@ def test_messages_that_are_none_are_refused(messages):
         ChatTemplate(CHATML).render(messages)
 
 
-@pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, len], ids=repr)
+@pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, len], ids=["object", "bytes", "set", "function"])
 def test_values_that_are_not_json_are_refused_by_type(value):
     with pytest.raises(RequestError, match=f"found a {type(value).__name__}"):
         ChatTemplate(CHATML).render([{"role": "user", "content": value}])
