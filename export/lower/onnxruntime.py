@@ -202,7 +202,10 @@ def _rotates(past_key: ir.Value) -> bool:
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """(seqlens_k, total_sequence_length): valid length - 1 of each row, never negative; and the capacity."""
+    """(seqlens_k, total_sequence_length): valid length - 1 of each row, never negative; and the longest.
+
+    The second is an upper bound by which the operator sizes its scratch memory; the capacity would do, at a price.
+    """
     first = graph[0]
     offsets, lens = _input(graph, contract.SEQLEN_OFFSETS), _input(graph, contract.INPUT_LENS)
     one = _constant(graph, "one_i32", ir.tensor([1], dtype=ir.DataType.INT32))
@@ -210,11 +213,11 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     (total,) = insert(graph, first, "Add", [offsets, lens])
     (last,) = insert(graph, first, "Sub", [total, one])
     (seqlens_k,) = insert(graph, first, "Max", [last, zero])
-    cache = _input(graph, contract.state_names(0, "key")[0])
-    (capacity,) = insert(graph, first, "Shape", [cache], {"start": 2, "end": 3})
-    (capacity,) = insert(graph, first, "Squeeze", [capacity])
-    (capacity,) = insert(graph, first, "Cast", [capacity], {"to": ir.DataType.INT32})
-    return seqlens_k, capacity
+    (longest,) = insert(graph, first, "ReduceMax", [total], {"keepdims": 0})
+    (longest,) = insert(
+        graph, first, "Max", [longest, _constant(graph, "least_total", ir.tensor(1, dtype=ir.DataType.INT32))]
+    )
+    return seqlens_k, longest
 
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
