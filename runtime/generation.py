@@ -19,7 +19,7 @@ from .. import CapacityError, RequestError
 from .engines import Engine, KvCache
 from .sampler import SampledToken, Sampler, logprobs_of
 from .sampling import SamplingParams
-from .text import Detokenizer, StopStrings
+from .text import Detokenizer, StopStrings, special_ids
 
 FinishReason = Literal["stop", "length", "capacity", "cancelled"]
 
@@ -143,6 +143,7 @@ class Generator:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._special = special_ids(tokenizer)
         self._eos = frozenset(eos_token_ids)
 
     def prepare_one(self, prompt: Sequence[int], params: SamplingParams, *, cached: int = 0) -> GenerationSequence:
@@ -189,7 +190,7 @@ class Generator:
             suppressed = set(wanted.stop_token_ids) | (set() if wanted.ignore_eos else self._eos)
             for sample in range(wanted.n):
                 sampler = Sampler(wanted, prompt, limits.vocab_size, stop_token_ids=suppressed, index=sample)
-                detokenizer = Detokenizer(self._tokenizer)
+                detokenizer = Detokenizer(self._tokenizer, self._special)
                 stops = StopStrings(wanted.stop)
                 sequences.append(GenerationSequence(len(sequences), prompt, wanted, sampler, detokenizer, stops, group))
         return sequences

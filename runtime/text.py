@@ -12,6 +12,11 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that decoding leaves out."""
+    return frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
 class Detokenizer:
     """Decodes token by token; what was pushed and flushed adds up to the tokenizer's decoding of all ids.
 
@@ -24,8 +29,15 @@ class Detokenizer:
       malformed: its text is certain only when another token follows.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int] | None = None) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: of the model.
+            special: its `special_ids`; whoever makes many detokenizers finds them out once.
+        """
         self._tokenizer = tokenizer
+        self._special = special_ids(tokenizer) if special is None else special
         self._window: list[int] = []  # the tokens that are decoded together
         self._whole = 0  # the first tokens of the window, up to a place where its text ended on a whole character
         self._shown = 0  # the first characters of the window's text, which were given out
@@ -33,10 +45,10 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Take a token; return the text that is now certain. Ids outside the vocabulary have no text."""
         token = self._tokenizer.id_to_token(token_id)
-        if token is None or self._is_special(token_id):
+        if token is None or token_id in self._special:
             return ""
         self._window.append(token_id)
-        if _BYTE_TOKEN.fullmatch(token):
+        if token.startswith("<0x") and _BYTE_TOKEN.fullmatch(token):
             return ""
         text = self._decode(self._window)
         if text.endswith(_REPLACEMENT):
@@ -69,10 +81,6 @@ class Detokenizer:
         last = last_two.removeprefix(last_but_one)
         if last and last != last_two and before + last == text:
             self._window, self._whole, self._shown = self._window[-2:], 1, len(last_two) - 1
-
-    def _is_special(self, token_id: int) -> bool:
-        """Whether decoding leaves the token out."""
-        return not self._decode([token_id]) and bool(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

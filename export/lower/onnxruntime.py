@@ -76,7 +76,7 @@ def fuse_norms(graph: ir.Graph) -> None:
         eps = node.attributes["eps"].as_float()
         add = producer(x, "Add")
         if add is not None and _same_shape(*add.inputs):
-            normed, _, _, total = insert(
+            normed, mean, inverse_std, total = insert(
                 graph,
                 node,
                 "SkipSimplifiedLayerNormalization",
@@ -85,6 +85,7 @@ def fuse_norms(graph: ir.Graph) -> None:
                 domain=MICROSOFT,
                 outputs=4,
             )
+            mean.name = inverse_std.name = ""  # not asked for, so not computed
             replace(add.outputs[0], total)
         else:
             attributes = {"epsilon": eps, "axis": -1, "stash_type": 1}

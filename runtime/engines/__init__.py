@@ -3,6 +3,7 @@
 An engine knows token ids, rows of a KV cache and logits. It knows nothing of text, sampling or scheduling.
 """
 
+import operator
 import threading
 from typing import Protocol
 
@@ -94,12 +95,15 @@ def check_step(
         raise CapacityError(f"rows {first_row}..{first_row + batch - 1} of a cache of {rows}")
     if length > limits.max_chunk:
         raise CapacityError(f"{length} new tokens a row in one step, the engine takes {limits.max_chunk}")
-    if offsets.min() < 0 or lens.min() < 0 or lens.max() > length:
+    # Lists, because numpy's reductions of a few numbers cost more than a decode step has to spare.
+    cached, new = offsets.tolist(), lens.tolist()
+    if min(cached) < 0 or min(new) < 0 or max(new) > length:
         raise EngineError("seqlen_offsets must not be negative, input_lens must lie in [0, S]")
-    longest = int((offsets + lens).max())
+    longest = max(map(operator.add, cached, new))
     if longest > limits.capacity:
         raise CapacityError(f"a row would hold {longest} tokens, the capacity is {limits.capacity}")
-    if positions.min() < 0 or positions.max() >= length:
+    wanted, tokens = positions.ravel().tolist(), input_ids.ravel().tolist()
+    if min(wanted) < 0 or max(wanted) >= length:
         raise EngineError(f"logit_positions must lie in [0, {length})")
-    if input_ids.min() < 0 or input_ids.max() >= limits.vocab_size:
+    if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise EngineError(f"input_ids must lie in [0, {limits.vocab_size})")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ... import BundleError, EngineError
 from .. import contract
@@ -49,12 +50,33 @@ class HostKvCache:
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
+class _StepBuffers:
+    """The engine's input and logits buffers, seen as the tensors of one step shape (B, S, K)."""
+
+    def __init__(self, inputs: dict[str, NDArray[Any]], logits: Float32, shape: tuple[int, int, int]) -> None:
+        batch, length, num_logits = shape
+        sizes = {contract.BATCH: batch, contract.SEQUENCE: length, contract.NUM_LOGITS: num_logits}
+        self.inputs = {}
+        for role, (_, dims) in contract.INPUTS.items():
+            extent = tuple(sizes[d] for d in dims)
+            self.inputs[role] = inputs[role][: math.prod(extent)].reshape(extent)
+        self.input_ids = self.inputs[contract.INPUT_IDS]
+        self.seqlen_offsets = self.inputs[contract.SEQLEN_OFFSETS]
+        self.start_offsets_kernel = self.inputs[contract.START_OFFSETS_KERNEL]
+        self.input_lens = self.inputs[contract.INPUT_LENS]
+        self.logit_positions = self.inputs[contract.LOGIT_POSITIONS]
+        self.steps = np.arange(length)
+        self.logits: Float32 = logits[: batch * num_logits].reshape(batch, num_logits, -1)
+        self.values = {role: _share(view) for role, view in self.inputs.items()}
+        self.logits_value = _share(self.logits)
+
+
 class _Binding:
-    """An IOBinding over some rows of a cache, and the shape its small tensors were last bound with."""
+    """An IOBinding over some rows of a cache, and the step buffers it was last bound to."""
 
     def __init__(self, io: ort.IOBinding) -> None:
         self.io = io
-        self.shape: tuple[int, ...] = ()
+        self.buffers: _StepBuffers | None = None
 
 
 class OnnxRuntimeEngine:
@@ -87,9 +109,8 @@ class OnnxRuntimeEngine:
             role: np.zeros(tokens if len(shape) == 2 else limits.max_batch, dtype)
             for role, (dtype, shape) in contract.INPUTS.items()
         }
-        self._views: dict[tuple[int, ...], dict[str, Any]] = {}
         self._logits = np.empty((limits.max_batch, limits.vocab_size), np.float32)
-        self._steps = np.arange(limits.max_chunk)
+        self._buffers: dict[tuple[int, int, int], _StepBuffers] = {}
 
     def allocate(self, rows: int) -> HostKvCache:
         """See `Engine`."""
@@ -110,59 +131,55 @@ class OnnxRuntimeEngine:
         if not isinstance(cache, HostKvCache):
             raise EngineError("the cache belongs to another engine")
         check_step(self.limits, cache.rows, first_row, input_ids, seqlen_offsets, input_lens, logit_positions)
-        shape = (*input_ids.shape, logit_positions.shape[1])
-        if shape[0] * shape[2] > len(self._logits):
-            self._logits = np.empty((shape[0] * shape[2], self.limits.vocab_size), np.float32)
-            self._views.clear()
-        views = self._views.get(shape) or self._make_views(shape)
-        views[contract.INPUT_IDS][...] = input_ids
-        views[contract.SEQLEN_OFFSETS][...] = seqlen_offsets
-        views[contract.INPUT_LENS][...] = input_lens
-        views[contract.LOGIT_POSITIONS][...] = logit_positions
-        np.add(seqlen_offsets[:, None], self._steps[: shape[1]], out=views[contract.START_OFFSETS_KERNEL])
-        binding = cache.bindings.get((first_row, shape[0])) or self._bind_states(cache, first_row, shape[0])
-        logits: Float32 = views[contract.LOGITS]
-        if binding.shape != (*shape, logits.ctypes.data):
-            self._bind_inputs(binding, views)
-            binding.shape = (*shape, logits.ctypes.data)
+        batch, length = input_ids.shape
+        shape = (batch, length, logit_positions.shape[1])
+        buffers = self._buffers.get(shape) or self._make_buffers(shape)
+        buffers.input_ids[...] = input_ids
+        buffers.seqlen_offsets[...] = seqlen_offsets
+        buffers.input_lens[...] = input_lens
+        buffers.logit_positions[...] = logit_positions
+        np.add(seqlen_offsets[:, None], buffers.steps, out=buffers.start_offsets_kernel)
+        binding = cache.bindings.get((first_row, batch)) or self._bind_states(cache, first_row, batch)
+        if binding.buffers is not buffers:
+            self._bind_buffers(binding, buffers)
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:  # ONNX Runtime raises its own unnamed types
             raise EngineError(f"ONNX Runtime failed in a step of shape {shape}: {error}") from error
-        return logits
+        return buffers.logits
 
     def close(self) -> None:
         """See `Engine`."""
         self._session = None
 
-    def _make_views(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        batch, length, num_logits = shape
-        sizes = {contract.BATCH: batch, contract.SEQUENCE: length, contract.NUM_LOGITS: num_logits}
-        views = {}
-        for role, (_, dims) in contract.INPUTS.items():
-            extent = tuple(sizes[d] for d in dims)
-            views[role] = self._inputs[role][: int(np.prod(extent))].reshape(extent)
-        views[contract.LOGITS] = self._logits[: batch * num_logits].reshape(batch, num_logits, -1)
-        self._views[shape] = views
-        return views
+    def _make_buffers(self, shape: tuple[int, int, int]) -> _StepBuffers:
+        rows = shape[0] * shape[2]
+        if rows > len(self._logits):
+            self._logits = np.empty((rows, self.limits.vocab_size), np.float32)
+            self._buffers.clear()
+        buffers = self._buffers[shape] = _StepBuffers(self._inputs, self._logits, shape)
+        return buffers
 
     def _bind_states(self, cache: HostKvCache, first_row: int, batch: int) -> _Binding:
         assert self._session is not None
         io = self._session.io_binding()
         for state, buffer in zip(self._spec.states, cache.buffers, strict=True):
-            rows = buffer[first_row : first_row + batch]
-            arguments = ("cpu", 0, rows.dtype.type, rows.shape, rows.ctypes.data)
-            io.bind_input(state.input, *arguments)
-            io.bind_output(state.output, *arguments)
+            rows = _share(buffer[first_row : first_row + batch])
+            io.bind_ortvalue_input(state.input, rows)
+            io.bind_ortvalue_output(state.output, rows)
         binding = cache.bindings[first_row, batch] = _Binding(io)
         return binding
 
-    def _bind_inputs(self, binding: _Binding, views: dict[str, Any]) -> None:
+    def _bind_buffers(self, binding: _Binding, buffers: _StepBuffers) -> None:
         for role, name in self._names.items():
-            view = views[role]
-            binding.io.bind_input(name, "cpu", 0, view.dtype.type, view.shape, view.ctypes.data)
-        logits = views[contract.LOGITS]
-        binding.io.bind_output(self._spec.logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            binding.io.bind_ortvalue_input(name, buffers.values[role])
+        binding.io.bind_ortvalue_output(self._spec.logits.name, buffers.logits_value)
+        binding.buffers = buffers
+
+
+def _share(array: NDArray[Any]) -> ort.OrtValue:
+    """The array's own memory as ONNX Runtime sees it; the array must outlive every step that uses the value."""
+    return ort.OrtValue.ortvalue_from_numpy(array, "cpu")
 
 
 def _open_session(model: Path, threads: int | None) -> ort.InferenceSession:
