@@ -71,6 +71,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models import registry
     from zonda.models.checkpoints import open_checkpoint
     from zonda.models.loading import match_parameters
+    from zonda.runtime.golden import GOLDEN
+    from zonda.runtime.metrics import THRESHOLDS
 
     if options.target not in TARGETS:
         raise BuildError(f"unknown target {options.target!r}; known: {', '.join(TARGETS)}")
@@ -106,11 +108,16 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         files.write_texts(staging, checkpoint)
         if options.verify == "off":
             parity = proof.unproven("off", "the build was told --verify off")
-        elif not estimate.provable:
-            parity = proof.unproven("pending", estimate.why_not_provable)
         else:
-            with steps.step("prove the engine against the eager model"):
-                parity = proof.run(staging, module, checkpoint, load, limits)
+            with steps.step("run the eager model"):
+                recorded = proof.record(staging, module, checkpoint, load, limits, lowered.packs)
+                recorded.golden.digest().save(staging / GOLDEN)
+            if estimate.provable:
+                with steps.step("prove the engine against the eager model"):
+                    spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
+                    parity = proof.prove(staging, recorded, spec, limits, THRESHOLDS["float32"])
+            else:
+                parity = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
         with steps.step("seal the bundle"):
             manifest = describe.make_manifest(
                 checkpoint, architecture.names[0], module, limits, parity, list_files(staging)

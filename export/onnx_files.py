@@ -37,17 +37,18 @@ def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str,
 
 
 def write(staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]) -> None:
-    """Write the weight file and both graphs; floating tensors become float32 one by one, integer codes stay."""
+    """Write the weight file and both graphs; tensors go one by one, as `as_stored` says."""
     (staging / DIRECTORY).mkdir()
 
-    def array(name: str) -> np.ndarray:
-        tensor = load(name)
-        return np.ascontiguousarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
-
-    write_weights(staging / WEIGHTS, layout, missing_data(universal), array)
+    write_weights(staging / WEIGHTS, layout, missing_data(universal), lambda name: as_stored(load(name)))
     for model, file in ((universal, UNIVERSAL), (lowered, LOWERED)):
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def as_stored(tensor: Tensor) -> np.ndarray:
+    """What a weight file holds of a tensor: floating tensors as float32, integer codes as they are."""
+    return np.ascontiguousarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
 
 def check(staging: Path) -> None:

@@ -8,13 +8,15 @@ The engine runs in a process of its own: its memory is not on top of the exporte
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,71 +25,108 @@ from .. import BuildError, ParityError
 from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
-from ..runtime.manifest import Limits, Parity
-from ..runtime.parity import Golden, ProofRequest
-from .describe import make_contract
+from ..runtime.golden import GOLDEN, Golden
+from ..runtime.manifest import Contract, Limits, Parity, WeightReport
+from ..runtime.metrics import Thresholds
+from ..runtime.parity import ProofRequest
 from .onnx_files import LOWERED
+from .weight_proof import WrittenWeights
 
 _TEXTS = (
+    "The wind came down",
+    "In 1895 an engineer wrote: 'def speed(x): return x ** 2 / 3.6'.",
+    "One, two, three. Una frase en castellano, eine auf Deutsch, und dann: 12345 + 67890 = 80235. Наконец 東京。",
     "The wind that the ancients called zonda comes down from the mountains hot and dry, and whoever crosses the "
-    "valley on such a day learns to keep the shutters closed. In 1895 an engineer wrote: 'def speed(x): return "
-    "x ** 2 / 3.6'. Nobody read it until the spring.",
-    "One, two, three. Una frase en castellano, eine auf Deutsch, und dann: 12345 + 67890 = 80235.",
+    "valley on such a day learns to keep the shutters closed. It takes its warmth from the heights: the air rises on "
+    "the far side, leaves its rain there, and falls again by three thousand metres, a degree warmer with each hundred. "
+    "Rivers swell with the snow that it melts, orchards flower too early, and people sleep badly. When it has passed, "
+    "the sky is clean, the stones are white with dust, and the sound of the leaves is gone. Then someone opens the "
+    "first window of the street, looks to the west, where the clouds stand like a wall that nobody built, and says "
+    "what is said every year: that it has never been so strong, and that it will come back before the harvest.",
 )
-_LONGEST = 96
+_LONGEST = 192
 
 
-def unproven(status: Literal["pending", "off"], reason: str) -> Parity:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the eager model computed, exactly, and the proof of the weights that it computed with."""
+
+    golden: Golden
+    weights: WeightReport
+
+
+def unproven(status: Literal["pending", "off"], reason: str, weights: WeightReport | None = None) -> Parity:
     """The record of a proof that was not made."""
-    return Parity(status=status, reason=reason)
+    return Parity(status=status, reason=reason, weights=weights)
 
 
-def run(
-    staging: Path, module: CausalModel, checkpoint: Checkpoint, load: Callable[[str], Tensor], limits: Limits
-) -> Parity:
-    """Prove the ONNX Runtime engine that lies in `staging`.
+def record(
+    staging: Path,
+    module: CausalModel,
+    checkpoint: Checkpoint,
+    load: Callable[[str], Tensor],
+    limits: Limits,
+    packs: Mapping[str, Sequence[str]],
+) -> Recorded:
+    """Run the eager model on the golden prompts, comparing every weight it reads with the bundle's.
 
     Args:
-        staging: the unfinished bundle.
+        staging: the unfinished bundle, with its graphs and weights.
         module: built on the meta device, tables real.
         checkpoint: for its tokenizer.
         load: parameter name -> tensor, read from the checkpoint.
         limits: of the engine.
+        packs: of the lowering.
 
     Raises:
-        ParityError: the engine computes something else, or died.
+        ParityError: a weight in the bundle is not the checkpoint's.
         BuildError: the checkpoint has no tokenizer to make golden prompts with.
     """
     data = checkpoint.files.get("tokenizer.json")
     if data is None:
         raise BuildError("the checkpoint has no tokenizer.json, so no prompts to prove the engine with")
     prompts = golden_prompts(Tokenizer.from_buffer(data), limits)
-    golden = eager_logits(module, load, prompts)
-    spec = make_contract(module.kv_shapes, limits.vocab_size)
-    rows = msgspec.structs.replace(limits, max_batch=len(prompts))
+    written = WrittenWeights(staging, packs)
+
+    def load_checked(name: str) -> Tensor:
+        tensor = load(name)
+        written.check(name, tensor)
+        return tensor
+
+    golden = run_eager(module, load_checked, prompts)
+    return Recorded(golden, written.finish(load))
+
+
+def prove(staging: Path, recorded: Recorded, spec: Contract, limits: Limits, thresholds: Thresholds) -> Parity:
+    """Hold the ONNX Runtime engine that lies in `staging` to what was recorded, in a process of its own.
+
+    Raises:
+        ParityError: the engine computes something else, or died.
+    """
     with tempfile.TemporaryDirectory(prefix="zonda-proof-") as scratch:
         folder = Path(scratch)
-        golden.save(folder / "golden.npz")
-        request = ProofRequest(str(staging / LOWERED), spec, rows, str(folder / "golden.npz"))
+        recorded.golden.save(folder / GOLDEN)
+        request = ProofRequest(str(staging / LOWERED), spec, limits, str(folder / GOLDEN), thresholds.name)
         (folder / "request.json").write_bytes(msgspec.json.encode(request))
-        del golden
         command = [sys.executable, "-m", "zonda.runtime.parity", str(folder / "request.json")]
         result = subprocess.run(command, capture_output=True, check=False)
     if result.returncode:
         words = result.stderr.decode(errors="replace").strip()
         died = "" if result.returncode == 1 else f"the engine died (exit status {result.returncode}): "
-        raise ParityError(f"{died}{words[-2000:]}; no bundle was written")
-    return msgspec.json.decode(result.stdout, type=Parity)
+        raise ParityError(f"{died}{words[-2000:]}")
+    parity = msgspec.json.decode(result.stdout, type=Parity)
+    return msgspec.structs.replace(parity, weights=recorded.weights)
 
 
-def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
-    """Token ids of two fixed texts, of different lengths, cut to what the engine holds."""
-    rows = [tokenizer.encode(text).ids[: min(_LONGEST, limits.capacity)] for text in _TEXTS]
-    return [[token % limits.vocab_size for token in row] for row in rows]
+def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[NDArray[np.int64]]:
+    """Token ids of four fixed texts, shortest first, cut to what the engine holds."""
+    longest = min(_LONGEST, limits.capacity)
+    rows = [np.array(tokenizer.encode(text).ids[:longest], np.int64) % limits.vocab_size for text in _TEXTS]
+    return sorted((row for row in rows if len(row)), key=len)
 
 
-def eager_logits(module: CausalModel, load: Callable[[str], Tensor], prompts: list[list[int]]) -> Golden:
-    """Run the eager model over all prompts at once; peak memory is its largest module."""
+def run_eager(module: CausalModel, load: Callable[[str], Tensor], prompts: Sequence[NDArray[np.int64]]) -> Golden:
+    """Run the eager model over all prompts at once, one module's weights in memory at a time."""
     lens = np.array([len(prompt) for prompt in prompts], np.int32)
     ids = np.zeros((len(prompts), int(lens.max())), np.int64)
     for row, prompt in enumerate(prompts):
@@ -103,7 +142,9 @@ def eager_logits(module: CausalModel, load: Callable[[str], Tensor], prompts: li
     finally:
         for handle in handles:
             handle.remove()
-    return Golden(ids, lens, logits.float().numpy())
+    valid = torch.from_numpy(np.arange(length)[None] < lens[:, None])
+    states = [[state[row, :, : lens[row]].numpy() for state in cache.tensors()] for row in range(batch)]
+    return Golden.of(prompts, logits.float()[valid].numpy(), states)
 
 
 def _stream(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:

@@ -110,8 +110,10 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) ->
 
 def _read_checksums(root: Path) -> dict[str, str]:
     checksums: dict[str, str] = {}
-    text = _read_bounded(_inside(root, CHECKSUMS))
-    for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), 1):
+    text = _read_bounded(_inside(root, CHECKSUMS)).decode("utf-8", "replace")
+    # Split at line feeds only, and the last one must be there: no flipped bit may pass for another way to say the same.
+    *lines, rest = text.split("\n")
+    for number, line in enumerate(lines if not rest else [*lines, ""], 1):
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64 or name in checksums:
             raise BundleError(f"{root / CHECKSUMS}, line {number}: expected '<sha256>  <path>', each path once")

@@ -1,4 +1,4 @@
-"""The command `zonda`: generate, chat and inspect on a bundle, and whatever other packages' rooms add.
+"""The command `zonda`: generate, chat, inspect and verify on a bundle, and whatever other packages' rooms add.
 
 Commands that need more than the runtime are entry points of the group `zonda.commands`; they are imported only when
 they are called, so `zonda generate` never pays for torch.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .. import ZondaError, __version__
+from .. import TargetUnavailableError, ZondaError, __version__
 from .generation import Chunk, Completion
 from .sampling import SamplingParams
 
@@ -168,6 +168,41 @@ def inspect(
         sys.stdout.write(encode(opened.manifest).decode())
     else:
         Console().print(inspection_page(opened))
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    target: Annotated[str | None, typer.Option(help="Only this target.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One prompt, about a second.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Prove on this host that a bundle is what was built and computes what the build recorded."""
+    from .bundle import open_bundle
+    from .loader import obstacle, open_engine
+    from .verification import in_words, prove_target, remember
+
+    console = Console(soft_wrap=True, highlight=False)
+    opened = open_bundle(bundle, full=True)
+    count, size = len(opened.manifest.files) + 1, sum(opened.manifest.files.values())
+    console.print(f"{count} files, {size / 1e6:,.1f} MB: all as the build wrote them")
+    proven = 0
+    for one in opened.manifest.targets:
+        if target not in (None, one.name):
+            continue
+        reason = obstacle(opened, one, forced=True)
+        if reason is not None:
+            console.print(f"{one.name}: not verified: {reason}", markup=False)
+            continue
+        engine = open_engine(opened, one, opened.manifest.limits, threads)
+        parity = prove_target(opened, one, engine, quick=quick)
+        engine.close()
+        if not quick:
+            remember(opened, one, parity)
+        console.print(f"{one.name}: {in_words(parity)}", markup=False)
+        proven += 1
+    if not proven:
+        raise TargetUnavailableError(f"{bundle}: there was no target to verify on this host")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The readable page of `zonda inspect`: what a bundle is, what it costs, and where it can run."""
 
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -33,18 +34,47 @@ def inspection_page(bundle: Bundle) -> RenderableType:
         files = {graph.file for graph in target.graphs} | set(target.weights)
         size = _size(sum(manifest.files[name] for name in files))
         targets.add_row(
-            target.name, target.dtype, size, _proof(target.parity), obstacle(target, forced=False) or "runs"
+            target.name, target.dtype, size, _proof(target.parity), obstacle(bundle, target, forced=False) or "runs"
         )
-    return Group(facts, targets)
+    proofs = [_parity_table(t.name, t.parity) for t in manifest.targets if t.parity.schedules]
+    return Group(facts, targets, *proofs)
 
 
 def _proof(parity: Parity) -> str:
-    if parity.status != "passed":
+    if parity.status != "passed" or not parity.schedules:
         return f"{parity.status}: {parity.reason}"
+    worst = max(report.max_error for report in parity.schedules)
     return (
-        f"passed on {parity.tokens} tokens: logits within {parity.max_abs_error:.1e} of {parity.max_abs_logit:.0f}, "
-        f"same first choice {parity.top1_agreement:.0%}"
+        f"passed on {sum(report.tokens for report in parity.schedules)} tokens, {len(parity.schedules)} schedules: "
+        f"logits within {worst:.1e} of {parity.max_logit:.0f}"
     )
+
+
+def _parity_table(target: str, parity: Parity) -> RenderableType:
+    """The numbers of a passed proof, and what it does not say."""
+    table = Table("schedule", "tokens", "logits", "norm", "top-1", "ties", "top-10", "KV", box=SIMPLE)
+    for report in parity.schedules:
+        table.add_row(
+            report.name,
+            str(report.tokens),
+            f"{report.relative_error:.0e}",
+            f"{report.norm_ratio - 1:+.0e}",
+            f"{report.top1_agreement:.1%}",
+            str(report.near_ties),
+            f"{report.top10_overlap:.1%}",
+            f"{report.kv_error:.0e}",
+        )
+    title = f"\n{target} against {parity.reference}: relative errors, the worst of each schedule"
+    lines = []
+    if parity.weights is not None:
+        lines.append(f"weights: {parity.weights.tensors} tensors, equal to the checkpoint's byte for byte")
+    other = parity.reference_proof
+    lines.append(
+        f"the eager model: within {other.relative_error:.1e} of {other.name}"
+        if other is not None
+        else "the eager model itself was not compared with another implementation (--reference transformers does)"
+    )
+    return Group(title, table, *lines)
 
 
 def _row_bytes(bundle: Bundle) -> int:

@@ -13,13 +13,14 @@ from typing import Any, Literal, Protocol
 import msgspec
 from tokenizers import Tokenizer
 
-from .. import BundleError, RequestError, TargetUnavailableError
+from .. import BundleError, RequestError, TargetUnavailableError, ZondaError
 from .bundle import Bundle, open_bundle
 from .chat_template import ChatTemplate
 from .engines import Engine
 from .manifest import Limits, Target
 from .pipeline import Pipeline
 from .sampling import SamplingParams
+from .verification import prove_target, remembered
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """Targets from best to most portable."""
@@ -51,7 +52,7 @@ class NormalLoader:
         """See `Loader`."""
         target, passed_over = choose_target(bundle, options.target)
         limits = _limits(bundle, options)
-        engine = _open_engine(bundle, target, limits, options.threads)
+        engine = open_engine(bundle, target, limits, options.threads)
         manifest = bundle.manifest
         return Pipeline(
             engine,
@@ -73,14 +74,14 @@ def load_pipeline(
     path: str | Path,
     *,
     target: str | None = None,
-    verify: Literal["quick", "full"] = "quick",
+    verify: Literal["quick", "full", True] = "quick",
     threads: int | None = None,
     capacity: int | None = None,
     max_batch: int | None = None,
 ) -> Pipeline:
     """See `Pipeline.load`."""
-    if verify not in ("quick", "full"):
-        raise RequestError(f"verify must be 'quick' or 'full', found {verify!r}")
+    if verify not in ("quick", "full", True):
+        raise RequestError(f"verify must be 'quick', 'full' or True, found {verify!r}")
     if threads is not None and threads < 1:
         raise RequestError(f"threads must be at least 1, found {threads}")
     bundle = open_bundle(path, full=verify == "full")
@@ -88,7 +89,15 @@ def load_pipeline(
     if loader is None:
         known = ", ".join(LOADERS)
         raise BundleError(f"{path}: a bundle of kind {bundle.manifest.kind!r} has no loader here; known: {known}")
-    return loader.load(bundle, LoadOptions(target, threads, capacity, max_batch))
+    pipeline = loader.load(bundle, LoadOptions(target, threads, capacity, max_batch))
+    if verify is True:
+        (running,) = (t for t in bundle.manifest.targets if t.name == pipeline.target)
+        try:
+            prove_target(bundle, running, pipeline.engine, quick=True)
+        except ZondaError:
+            pipeline.close()
+            raise
+    return pipeline
 
 
 def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str, str]]:
@@ -103,7 +112,7 @@ def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str,
     order = [name for name in PREFERENCE if name in targets] if forced is None else [forced]
     reasons: dict[str, str] = {}
     for name in order:
-        reason = obstacle(targets.get(name), forced=forced is not None)
+        reason = obstacle(bundle, targets.get(name), forced=forced is not None)
         if reason is None:
             return targets[name], reasons
         reasons[name] = reason
@@ -113,7 +122,7 @@ def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str,
     )
 
 
-def obstacle(target: Target | None, *, forced: bool) -> str | None:
+def obstacle(bundle: Bundle, target: Target | None, *, forced: bool) -> str | None:
     """Why a target of a bundle cannot be loaded on this host, None if it can; forced: unproven ones may be."""
     if target is None:
         return "the bundle was not built for it; build again with --target"
@@ -124,8 +133,11 @@ def obstacle(target: Target | None, *, forced: bool) -> str | None:
         return f"{module} is not installed; pip install 'zonda[{_INSTALL[target.name]}]'"
     if target.name != "onnxruntime":
         return "this version of zonda cannot run it yet"
-    if target.parity.status == "pending" and not forced:
-        return f"it has not been proven ({target.parity.reason}); force it with target={target.name!r}"
+    if target.parity.status == "pending" and not forced and not remembered(bundle, target):
+        return (
+            f"it has not been proven ({target.parity.reason}); `zonda verify` proves it here, target={target.name!r} "
+            "forces it"
+        )
     return None
 
 
@@ -142,7 +154,8 @@ def _limits(bundle: Bundle, options: LoadOptions) -> Limits:
     )
 
 
-def _open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | None) -> Engine:
+def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | None = None) -> Engine:
+    """Open the engine of a target that has no obstacle."""
     from .engines.onnxruntime import OnnxRuntimeEngine
 
     (graph,) = target.graphs

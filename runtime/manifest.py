@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from .. import BundleError
+from .metrics import Thresholds
 
 SCHEMA = 1
 
@@ -72,21 +73,61 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
     sequence: tuple[int, int]
 
 
+class ScheduleReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the engine was from the reference in one way of feeding it; the worst token counts.
+
+    cosine, norm_ratio, relative_error, max_error, top1_agreement, top10_overlap: see `metrics.Deviations`.
+    mean_error: None where it was measured against a digest. near_ties: other first choices that the reference holds
+    for equal. kv_error: of the keys or values of a layer and row.
+    """
+
+    name: str
+    tokens: int
+    cosine: float
+    norm_ratio: float
+    relative_error: float
+    max_error: float
+    mean_error: float | None
+    top1_agreement: float
+    near_ties: int
+    top10_overlap: float
+    kv_error: float
+
+
+class WeightReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Tensors of the bundle that were compared with the checkpoint, byte by byte after dequantising."""
+
+    tensors: int
+    bytes: int
+
+
+class ReferenceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The eager model against another implementation of the architecture."""
+
+    name: str
+    tokens: int
+    cosine: float
+    relative_error: float
+    max_error: float
+    top1_agreement: float
+
+
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
     """The proof that this target computes what the eager model computes.
 
     status: `passed`; `pending` when the build host could not run the target; `off` when the build was told not to.
+    max_logit: max |logit| of the reference. weights: None if they were not compared. reference_proof: None if the
+    eager model itself was not compared with another implementation.
     """
 
     status: Literal["passed", "pending", "off"]
     reference: str = ""
     reason: str = ""
-    tokens: int = 0
-    max_abs_error: float | None = None
-    max_abs_logit: float | None = None
-    tolerance: float | None = None
-    top1_agreement: float | None = None
-    near_ties: int = 0
+    thresholds: Thresholds | None = None
+    max_logit: float = 0.0
+    schedules: tuple[ScheduleReport, ...] = ()
+    weights: WeightReport | None = None
+    reference_proof: ReferenceReport | None = None
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):

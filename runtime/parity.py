@@ -1,47 +1,23 @@
-"""The engine's side of the parity proof: recorded logits of the eager model against an engine, teacher-forced.
+"""The engine's side of the parity proof: an engine against golden data, teacher-forced, judged by one table.
 
-Numpy only, so that a host that serves can run it. Where the recorded logits come from is `export`'s matter.
-`python -m zonda.runtime.parity REQUEST` makes the comparison in a process of its own.
+Numpy only, so that a host that serves can run it. Where golden data come from is `export`'s matter.
+`python -m zonda.runtime.parity REQUEST` makes the proof in a process of its own.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import ParityError, ZondaError
-from .engines import Engine
-from .manifest import Contract, Limits, Parity
-
-RELATIVE_TOLERANCE = 1e-5
-"""Of the largest |logit|. float32 against float64 differs by 2e-6 of it on SmolLM2-135M (7.6e-5 at 41); the engine and
-the eager model each may be that far off, and deeper models somewhat farther."""
-
-DECODED = 8
-"""Tokens at the end of each row that the engine takes one by one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """input_ids: (B, S) right-padded; lens: (B,); logits: (B, S, V) of the eager model, float32."""
-
-    input_ids: NDArray[np.int64]
-    lens: NDArray[np.int32]
-    logits: NDArray[np.float32]
-
-    def save(self, path: Path) -> None:
-        """Write an `.npz` file."""
-        np.savez(path, input_ids=self.input_ids, lens=self.lens, logits=self.logits)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["input_ids"], arrays["lens"], arrays["logits"])
+from .engines import Engine, KvCache
+from .golden import Golden
+from .manifest import Contract, Limits, Parity, ScheduleReport
+from .metrics import THRESHOLDS, Deviations, Thresholds, Verdict, verdicts
+from .schedules import Schedule, quick_schedules, schedules
 
 
 class ProofRequest(msgspec.Struct, frozen=True):
@@ -51,57 +27,171 @@ class ProofRequest(msgspec.Struct, frozen=True):
     contract: Contract
     limits: Limits
     golden: str
+    thresholds: str
 
 
-def prove(engine: Engine, golden: Golden) -> Parity:
-    """Compare the engine with the eager logits: ragged prefill in chunks, then decode steps.
+def prove(
+    engine: Engine,
+    golden: Golden,
+    thresholds: Thresholds,
+    *,
+    quick: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Parity:
+    """Hold an engine to golden data, through every schedule.
 
     Args:
-        engine: with room for the golden rows.
-        golden: recorded logits.
+        engine: any target.
+        golden: exact at build time, a digest in a bundle.
+        thresholds: of the engine's class of numerics.
+        quick: the shortest prompt only.
+        progress: called with the name of each schedule before it runs.
 
     Raises:
-        ParityError: an error beyond the tolerance; the message says where and how much.
+        ParityError: a deviation beyond the thresholds; the message says in which schedule, where, and how much.
     """
-    batch, longest = golden.input_ids.shape
-    prefilled = np.maximum(golden.lens - DECODED, 0)
-    chunk = max(1, min(engine.limits.max_chunk, -(-(longest - DECODED) // 2)))
-    scale = float(np.abs(golden.logits).max())
-    tolerance = RELATIVE_TOLERANCE * max(scale, 1.0)
-    cache = engine.allocate(batch)
-    offsets = np.zeros(batch, np.int32)
-    worst, agreed, compared = 0.0, 0, 0
-    while (offsets < golden.lens).any():
-        wanted = np.where(offsets < prefilled, np.minimum(chunk, prefilled - offsets), 1)
-        lens = np.minimum(wanted, golden.lens - offsets).astype(np.int32)
-        width = int(lens.max())
-        ids = np.zeros((batch, width), np.int64)
-        for row, (offset, length) in enumerate(zip(offsets, lens, strict=True)):
-            ids[row, :length] = golden.input_ids[row, offset : offset + length]
-        positions = np.arange(width)[None].repeat(batch, 0)
-        with engine.lock:
-            found = engine.step(cache, 0, ids, offsets, lens, positions)
-            for row, (offset, length) in enumerate(zip(offsets, lens, strict=True)):
-                for k in range(length):
-                    want, got = golden.logits[row, offset + k], found[row, k]
-                    error = float(np.abs(want - got).max())
-                    if not error <= tolerance:  # a NaN is not either
-                        raise ParityError(
-                            f"the engine differs from the eager model at row {row}, token {offset + k}: logits are off "
-                            f"by {error:.3g}, {tolerance:.3g} is allowed (largest |logit| {scale:.3g})"
-                        )
-                    worst, compared = max(worst, error), compared + 1
-                    agreed += int(want.argmax()) == int(got.argmax())  # if not, a tie within the tolerance
-        offsets = offsets + lens
+    lengths = [len(prompt) for prompt in golden.prompts]
+    plans = (quick_schedules if quick else schedules)(lengths, engine.limits)
+    reports: dict[str, list[_Found]] = {}
+    for schedule in plans:
+        progress(schedule.name)
+        reports.setdefault(schedule.name, []).append(_run(engine, golden, thresholds, schedule))
     return Parity(
         status="passed",
         reference="eager float32, the same definition",
-        tokens=compared,
-        max_abs_error=worst,
-        max_abs_logit=scale,
-        tolerance=tolerance,
-        top1_agreement=agreed / compared,
-        near_ties=compared - agreed,
+        thresholds=thresholds,
+        max_logit=golden.scale,
+        schedules=tuple(_report(name, found) for name, found in reports.items()),
+    )
+
+
+class _Found(msgspec.Struct):
+    deviations: Deviations
+    ambiguous: int
+    kv_error: float
+
+
+def _run(engine: Engine, golden: Golden, thresholds: Thresholds, schedule: Schedule) -> _Found:
+    cache = engine.allocate(schedule.first_row + len(schedule.rows))
+    offsets = np.zeros(len(schedule.rows), np.int32)
+    parts: list[Deviations] = []
+    ambiguous = 0
+    for number, step in enumerate(schedule.steps):
+        lens = np.array(step, np.int32)
+        with engine.lock:
+            logits, tokens = _step(engine, cache, golden, schedule, offsets, lens)
+            found = golden.compare_logits(tokens, logits)
+        judged = verdicts(found, thresholds, golden.scale)
+        breach = _breach(found, judged, thresholds, golden.scale)
+        if breach is not None:
+            index, words = breach
+            row = int(np.searchsorted(golden.starts, tokens[index], side="right")) - 1
+            raise ParityError(
+                f"the engine differs from the reference: schedule '{schedule.name}', step {number} "
+                f"({'+'.join(map(str, step))} new tokens), prompt {row}, token {tokens[index] - golden.starts[row]}: "
+                f"{words}"
+            )
+        parts.append(found)
+        ambiguous += sum(verdict is Verdict.AMBIGUOUS for verdict in judged)
+        offsets = offsets + lens
+    errors = _state_errors(cache, golden, thresholds, schedule)
+    return _Found(Deviations.join(parts), ambiguous, errors)
+
+
+def _step(
+    engine: Engine,
+    cache: KvCache,
+    golden: Golden,
+    schedule: Schedule,
+    offsets: NDArray[np.int32],
+    lens: NDArray[np.int32],
+) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Feed a step; return the logits of its valid tokens (n, V) and which golden tokens (n,) they are."""
+    batch, width = len(lens), int(lens.max())
+    ids = np.zeros((batch, width), np.int64)
+    for b, row in enumerate(schedule.rows):
+        ids[b, : lens[b]] = golden.prompts[row][offsets[b] : offsets[b] + lens[b]]
+    positions = np.arange(width)[None].repeat(batch, 0)
+    logits = engine.step(cache, schedule.first_row, ids, offsets, lens, positions)
+    starts = golden.starts
+    tokens = [
+        starts[row] + offset + k
+        for row, offset, length in zip(schedule.rows, offsets.tolist(), lens.tolist(), strict=True)
+        for k in range(length)
+    ]
+    valid = np.arange(width)[None] < lens[:, None]
+    return logits[valid], np.array(tokens, np.intp)
+
+
+def _breach(
+    found: Deviations, judged: Sequence[Verdict], thresholds: Thresholds, scale: float
+) -> tuple[int, str] | None:
+    """The first token that is out of bounds, and the words for it."""
+    bounds = (
+        (
+            "the logits are off by {:.3g} of the largest, {:.3g} is allowed",
+            found.max_error / scale,
+            thresholds.max_error,
+        ),
+        (
+            "the logits are off by {:.3g} of their norm, {:.3g} is allowed",
+            found.relative_error,
+            thresholds.relative_error,
+        ),
+        (
+            "the norm of the logits is off by {:.3g}, {:.3g} is allowed",
+            np.abs(found.norm_ratio - 1),
+            thresholds.norm_ratio,
+        ),
+    )
+    over = [~(values <= allowed) for _, values, allowed in bounds]  # a NaN is over
+    failed = np.array([verdict is Verdict.FAIL for verdict in judged])
+    wrong = np.flatnonzero(np.any(over, axis=0) | failed)
+    if not len(wrong):
+        return None
+    first = int(wrong[0])
+    words = [
+        text.format(values[first], allowed) for (text, values, allowed), o in zip(bounds, over, strict=True) if o[first]
+    ]
+    if failed[first]:
+        words.append("another token is the likeliest")
+    return first, "; ".join(words)
+
+
+def _state_errors(cache: KvCache, golden: Golden, thresholds: Thresholds, schedule: Schedule) -> float:
+    """The largest error of a state tensor of a row, once the whole row is cached."""
+    worst = 0.0
+    for b, row in enumerate(schedule.rows):
+        states = cache.read(schedule.first_row + b, len(golden.prompts[row]))
+        errors = golden.compare_states(row, states)
+        bad = np.flatnonzero(~(errors <= thresholds.kv_error))
+        if len(bad):
+            layer, kind = divmod(int(bad[0]), 2)
+            raise ParityError(
+                f"the engine differs from the reference: schedule '{schedule.name}', prompt {row}: the "
+                f"{('keys', 'values')[kind]} that layer {layer} cached are off by {errors[bad[0]]:.3g} of their norm, "
+                f"{thresholds.kv_error:.3g} is allowed"
+            )
+        worst = max(worst, float(errors.max()))
+    return worst
+
+
+def _report(name: str, found: Sequence[_Found]) -> ScheduleReport:
+    joined = Deviations.join([part.deviations for part in found])
+    farthest = int(np.abs(joined.norm_ratio - 1).argmax())
+    mean = float(joined.mean_error.mean())
+    return ScheduleReport(
+        name=name,
+        tokens=len(joined),
+        cosine=float(joined.cosine.min()),
+        norm_ratio=float(joined.norm_ratio[farthest]),
+        relative_error=float(joined.relative_error.max()),
+        max_error=float(joined.max_error.max()),
+        mean_error=mean if np.isfinite(mean) else None,
+        top1_agreement=float(joined.agrees.mean()),
+        near_ties=sum(part.ambiguous for part in found),
+        top10_overlap=float(joined.overlap.mean()),
+        kv_error=max(part.kv_error for part in found),
     )
 
 
@@ -112,7 +202,7 @@ def main(request_file: str) -> int:
     request = msgspec.json.decode(Path(request_file).read_bytes(), type=ProofRequest)
     try:
         engine = OnnxRuntimeEngine(Path(request.model), request.contract, request.limits)
-        parity = prove(engine, Golden.read(Path(request.golden)))
+        parity = prove(engine, Golden.read(Path(request.golden)), THRESHOLDS[request.thresholds])
     except ZondaError as error:
         print(error, file=sys.stderr)
         return 1

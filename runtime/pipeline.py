@@ -75,7 +75,7 @@ class Pipeline:
         path: str | Path,
         *,
         target: str | None = None,
-        verify: Literal["quick", "full"] = "quick",
+        verify: Literal["quick", "full", True] = "quick",
         threads: int | None = None,
         capacity: int | None = None,
         max_batch: int | None = None,
@@ -85,7 +85,9 @@ class Pipeline:
         Args:
             path: the bundle's directory.
             target: force one (`onnxruntime`), proven or not.
-            verify: `quick` hashes every file but the weights, `full` the weights too.
+            verify: `quick` hashes every file but the weights, `full` the weights too. True is `quick`, and then the
+                engine is held to the bundle's golden data on one prompt, which takes about a second; the whole proof
+                is `zonda verify`.
             threads: compute threads; None is one a physical core.
             capacity: serve fewer cached tokens a row than the bundle allows.
             max_batch: serve fewer rows at once than the bundle allows.
@@ -93,6 +95,7 @@ class Pipeline:
         Raises:
             BundleError: the bundle is missing, altered or malformed.
             TargetUnavailableError: no target can run here; the message says why, one line a target.
+            ParityError: with verify=True, the engine computes something else than the build recorded.
             RequestError: capacity or max_batch is more than the bundle was built for.
         """
         from .loader import load_pipeline

@@ -5,6 +5,7 @@ An engine knows token ids, rows of a KV cache and logits. It knows nothing of te
 
 import operator
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,9 @@ class KvCache(Protocol):
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row into another."""
+
+    def read(self, row: int, length: int) -> Sequence[NDArray[np.floating]]:
+        """The first `length` tokens of a row: an array (Hkv, length, D) a state tensor, in the contract's order."""
 
 
 class Engine(Protocol):

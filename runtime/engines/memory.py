@@ -8,6 +8,7 @@ import threading
 import zlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ... import EngineError
 from ..manifest import Limits
@@ -24,6 +25,10 @@ class MemoryKvCache:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See `KvCache`."""
         self.tokens[target, :length] = self.tokens[source, :length]
+
+    def read(self, row: int, length: int) -> list[NDArray[np.floating]]:
+        """The token ids, as one state tensor (1, length, 1)."""
+        return [self.tokens[row, :length].astype(np.float64).reshape(1, length, 1)]
 
 
 class MemoryEngine:

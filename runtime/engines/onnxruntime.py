@@ -49,6 +49,10 @@ class HostKvCache:
         for buffer in self.buffers:
             buffer[target, :, :length] = buffer[source, :, :length]
 
+    def read(self, row: int, length: int) -> list[NDArray[Any]]:
+        """See `KvCache`."""
+        return [buffer[row, :, :length] for buffer in self.buffers]
+
 
 class _StepBuffers:
     """The engine's input and logits buffers, seen as the tensors of one step shape (B, S, K)."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import onnx
 import pytest
 
@@ -53,6 +54,36 @@ def test_a_flipped_bit_in_the_weights_is_found_by_full_verification(bundle):
     path.write_bytes(data)
     with pytest.raises(BundleError, match=r"weights\.bin is not the file that the build wrote"):
         Pipeline.load(bundle, verify="full")
+
+
+def test_any_flipped_bit_of_any_file_is_found_before_anything_runs(bundle):
+    """All files get their share of 500 positions, the two small lists 60 each."""
+    random = np.random.default_rng(0)
+    files = sorted(path for path in bundle.rglob("*") if path.is_file())
+    assert {MANIFEST, CHECKSUMS, "golden.safetensors"} <= {path.name for path in files}
+    for path in files:
+        data = path.read_bytes()
+        count = 60 if path.name in (MANIFEST, CHECKSUMS) else -(-380 // (len(files) - 2))
+        for position in random.integers(0, len(data), count).tolist():
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << int(random.integers(8))
+            path.write_bytes(flipped)
+            with pytest.raises(BundleError):
+                open_bundle(bundle, full=True)
+        path.write_bytes(data)
+    open_bundle(bundle, full=True)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_line_ends_of_the_checksums_count_too(bundle, bit):
+    """Text readers take several characters for the end of a line."""
+    path = bundle / CHECKSUMS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1 << bit
+    data[data.index(b"\n")] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(BundleError):
+        open_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", ["onnx/weights.bin", "tokenizer.json", "onnx/onnxruntime.onnx"])

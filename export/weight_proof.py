@@ -1,0 +1,94 @@
+"""Proof of the weights: the bytes that a bundle's graphs point at are the checkpoint's, dequantised.
+
+A wrong weight moves logits by little, and the gate on logits has a tolerance; bytes have none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from torch import Tensor
+
+from .. import ParityError
+from ..runtime.manifest import WeightReport
+from .onnx_files import DIRECTORY, LOWERED, UNIVERSAL, as_stored
+
+Places = dict[str, tuple[int, int]]
+
+
+class WrittenWeights:
+    """The weight file of an unfinished bundle, mapped, and where its graphs say that each initialiser lies."""
+
+    def __init__(self, staging: Path, packs: Mapping[str, Sequence[str]]) -> None:
+        """Read both graphs.
+
+        Args:
+            staging: the unfinished bundle.
+            packs: packed initialiser of the lowered graph -> its members.
+
+        Raises:
+            ParityError: the graphs do not point at the same bytes.
+        """
+        self._places, self._file = _places(staging / UNIVERSAL)
+        self._bytes = np.memmap(staging / DIRECTORY / self._file, np.uint8, "r")
+        self._left = set(self._places)
+        self._compared = 0
+        lowered, file = _places(staging / LOWERED)
+        for name, place in lowered.items():
+            members = [self._places[member] for member in packs.get(name, (name,))]
+            ends = [start + size for start, size in members]
+            joined = (members[0][0], sum(size for _, size in members))
+            if file != self._file or place != joined or ends[:-1] != [start for start, _ in members[1:]]:
+                raise ParityError(f"{LOWERED}: the weight {name} does not point at the bytes that {UNIVERSAL} has")
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Compare an initialiser with what the checkpoint holds, once; names that no graph has are passed.
+
+        Raises:
+            ParityError: they differ; the message says where and how much.
+        """
+        if name not in self._left:
+            return
+        want = as_stored(tensor)
+        start, size = self._places[name]
+        data = self._bytes[start : start + size]
+        if size != want.nbytes or not np.array_equal(data, want.reshape(-1).view(np.uint8)):
+            raise ParityError(f"{DIRECTORY}/{self._file}: {name} is not the checkpoint's: {_difference(data, want)}")
+        self._left.remove(name)
+        self._compared += size
+
+    def finish(self, load: Callable[[str], Tensor]) -> WeightReport:
+        """Compare whatever has not been compared yet; report.
+
+        Raises:
+            ParityError: as of `check`.
+        """
+        for name in sorted(self._left):
+            self.check(name, load(name))
+        return WeightReport(tensors=len(self._places), bytes=self._compared)
+
+
+def _places(path: Path) -> tuple[Places, str]:
+    """(offset, length) of each external initialiser, and the one file that they are in."""
+    places: Places = {}
+    files = set()
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            places[tensor.name] = int(entries["offset"]), int(entries["length"])
+            files.add(entries["location"])
+    (file,) = files
+    return places, file
+
+
+def _difference(data: np.ndarray, want: np.ndarray) -> str:
+    if data.size != want.nbytes:
+        return f"{data.size:,} bytes instead of {want.nbytes:,}"
+    found = data.view(want.dtype).reshape(want.shape)
+    different = found != want
+    first = tuple(int(i) for i in np.argwhere(different)[0])
+    return (
+        f"{int(different.sum()):,} of {want.size:,} values differ, first at {list(first)}: "
+        f"{found[first]:.6g} instead of {want[first]:.6g}"
+    )
