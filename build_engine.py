@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -36,6 +37,7 @@ class BuildOptions:
     overwrite: bool = False
     dry_run: bool = False
     verify: str = "strict"
+    reference: str = "eager"
 
 
 class Steps:
@@ -68,16 +70,20 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
+    from zonda.export.transformers_reference import prove_eager
     from zonda.models import registry
     from zonda.models.checkpoints import open_checkpoint
     from zonda.models.loading import match_parameters
-    from zonda.runtime.golden import GOLDEN
     from zonda.runtime.metrics import THRESHOLDS
 
     if options.target not in TARGETS:
         raise BuildError(f"unknown target {options.target!r}; known: {', '.join(TARGETS)}")
     if options.verify not in ("strict", "off"):
         raise BuildError(f"--verify is strict or off, found {options.verify!r}")
+    if options.reference not in ("eager", "transformers"):
+        raise BuildError(f"--reference is eager or transformers, found {options.reference!r}")
+    if options.reference == "transformers" and options.verify == "off":
+        raise BuildError("--reference transformers is part of the proof, and --verify off asks for none")
     steps = Steps(console)
     if not options.dry_run:
         refuse_existing(output, overwrite=options.overwrite)
@@ -106,18 +112,18 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         with steps.step("check the graphs"):
             files.check(staging)
         files.write_texts(staging, checkpoint)
-        if options.verify == "off":
-            parity = proof.unproven("off", "the build was told --verify off")
-        else:
+        parity = proof.unproven("off", "the build was told --verify off")
+        if options.verify != "off":
             with steps.step("run the eager model"):
                 recorded = proof.record(staging, module, checkpoint, load, limits, lowered.packs)
-                recorded.golden.digest().save(staging / GOLDEN)
+            parity = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
             if estimate.provable:
                 with steps.step("prove the engine against the eager model"):
-                    spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
-                    parity = proof.prove(staging, recorded, spec, limits, THRESHOLDS["float32"])
-            else:
-                parity = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
+                    parity = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+            if options.reference == "transformers":
+                with steps.step("prove the eager model against transformers"):
+                    proven = prove_eager(model, checkpoint.source.revision, recorded.golden, THRESHOLDS["float32"])
+                    parity = msgspec.structs.replace(parity, reference_proof=proven)
         with steps.step("seal the bundle"):
             manifest = describe.make_manifest(
                 checkpoint, architecture.names[0], module, limits, parity, list_files(staging)
@@ -153,11 +159,16 @@ def build(
     verify: Annotated[
         str, typer.Option(help="strict: prove the engine against the eager model; off: do not, and record it.")
     ] = "strict",
+    reference: Annotated[
+        str, typer.Option(help="eager, or transformers: prove the eager model as well, with its whole float32 weights.")
+    ] = "eager",
 ) -> None:
     """Compile MODEL into an engine bundle."""
     signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True)
-    options = BuildOptions(target, capacity, max_batch, max_chunk, revision, offline, overwrite, dry_run, verify)
+    options = BuildOptions(
+        target, capacity, max_batch, max_chunk, revision, offline, overwrite, dry_run, verify, reference
+    )
     try:
         bundle = build_bundle(model, output, options, Console() if dry_run else console)
     except ImportError as error:

@@ -26,9 +26,10 @@ from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
 from ..runtime.golden import GOLDEN, Golden
-from ..runtime.manifest import Contract, Limits, Parity, WeightReport
+from ..runtime.manifest import Limits, Parity, WeightReport
 from ..runtime.metrics import Thresholds
 from ..runtime.parity import ProofRequest
+from .describe import make_contract
 from .onnx_files import LOWERED
 from .weight_proof import WrittenWeights
 
@@ -70,6 +71,8 @@ def record(
 ) -> Recorded:
     """Run the eager model on the golden prompts, comparing every weight it reads with the bundle's.
 
+    The digest of what it computed goes into the bundle.
+
     Args:
         staging: the unfinished bundle, with its graphs and weights.
         module: built on the meta device, tables real.
@@ -94,15 +97,17 @@ def record(
         return tensor
 
     golden = run_eager(module, load_checked, prompts)
+    golden.digest().save(staging / GOLDEN)
     return Recorded(golden, written.finish(load))
 
 
-def prove(staging: Path, recorded: Recorded, spec: Contract, limits: Limits, thresholds: Thresholds) -> Parity:
+def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, thresholds: Thresholds) -> Parity:
     """Hold the ONNX Runtime engine that lies in `staging` to what was recorded, in a process of its own.
 
     Raises:
         ParityError: the engine computes something else, or died.
     """
+    spec = make_contract(module.kv_shapes, limits.vocab_size)
     with tempfile.TemporaryDirectory(prefix="zonda-proof-") as scratch:
         folder = Path(scratch)
         recorded.golden.save(folder / GOLDEN)

@@ -62,7 +62,7 @@ def _parity_table(target: str, parity: Parity) -> RenderableType:
             f"{report.top1_agreement:.1%}",
             str(report.near_ties),
             f"{report.top10_overlap:.1%}",
-            f"{report.kv_error:.0e}",
+            "-" if report.kv_error is None else f"{report.kv_error:.0e}",
         )
     title = f"\n{target} against {parity.reference}: relative errors, the worst of each schedule"
     lines = []

@@ -78,7 +78,7 @@ class ScheduleReport(msgspec.Struct, frozen=True, kw_only=True):
 
     cosine, norm_ratio, relative_error, max_error, top1_agreement, top10_overlap: see `metrics.Deviations`.
     mean_error: None where it was measured against a digest. near_ties: other first choices that the reference holds
-    for equal. kv_error: of the keys or values of a layer and row.
+    for equal. kv_error: of the keys or values of a layer and row, None if the reference has no cache.
     """
 
     name: str
@@ -91,7 +91,7 @@ class ScheduleReport(msgspec.Struct, frozen=True, kw_only=True):
     top1_agreement: float
     near_ties: int
     top10_overlap: float
-    kv_error: float
+    kv_error: float | None
 
 
 class WeightReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,7 +68,7 @@ def prove(
 class _Found(msgspec.Struct):
     deviations: Deviations
     ambiguous: int
-    kv_error: float
+    kv_error: float | None
 
 
 def _run(engine: Engine, golden: Golden, thresholds: Thresholds, schedule: Schedule) -> _Found:
@@ -158,8 +158,10 @@ def _breach(
     return first, "; ".join(words)
 
 
-def _state_errors(cache: KvCache, golden: Golden, thresholds: Thresholds, schedule: Schedule) -> float:
+def _state_errors(cache: KvCache, golden: Golden, thresholds: Thresholds, schedule: Schedule) -> float | None:
     """The largest error of a state tensor of a row, once the whole row is cached."""
+    if not golden.kv_norms.size:
+        return None
     worst = 0.0
     for b, row in enumerate(schedule.rows):
         states = cache.read(schedule.first_row + b, len(golden.prompts[row]))
@@ -191,7 +193,7 @@ def _report(name: str, found: Sequence[_Found]) -> ScheduleReport:
         top1_agreement=float(joined.agrees.mean()),
         near_ties=sum(part.ambiguous for part in found),
         top10_overlap=float(joined.overlap.mean()),
-        kv_error=max(part.kv_error for part in found),
+        kv_error=max((part.kv_error for part in found if part.kv_error is not None), default=None),
     )
 
 

@@ -69,7 +69,7 @@ def in_words(parity: Parity) -> str:
     tokens = sum(report.tokens for report in parity.schedules)
     worst = max(report.max_error for report in parity.schedules) / parity.max_logit
     ties = sum(report.near_ties for report in parity.schedules)
-    kv = max(report.kv_error for report in parity.schedules)
+    kv = max(report.kv_error or 0.0 for report in parity.schedules)
     allowed = parity.thresholds.max_error if parity.thresholds is not None else float("nan")
     ways = ", ".join(report.name for report in parity.schedules)
     choice = "the same first choice at every token" + (f" but {ties} near ties" if ties else "")

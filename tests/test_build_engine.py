@@ -232,3 +232,35 @@ def test_the_command_ends_with_one_line_and_status_1(tmp_path, request):
 
 def test_every_error_is_a_zonda_error():
     assert all(issubclass(e, ZondaError) for e in (BuildError, CheckpointError, ConfigError, ParityError))
+
+
+def test_the_eager_model_is_proven_too_if_that_is_asked_for(tiny_folder, tmp_path):
+    bundle = build_quietly(tiny_folder, tmp_path / "out", reference="transformers")
+    (target,) = open_bundle(bundle).manifest.targets
+    proof = target.parity.reference_proof
+    assert proof.name.startswith("transformers ")
+    assert proof.tokens > 200
+    assert proof.relative_error < 1e-5
+    assert proof.top1_agreement == 1
+
+
+def test_a_wrong_definition_is_seen_by_transformers_alone(tiny_folder, tmp_path, monkeypatch):
+    """eps × 1000 in the shared definition: eager model and engine agree with each other."""
+    from zonda.models import layers
+
+    honest = layers.RmsNorm.__init__
+
+    def wrong(self, size, eps):
+        honest(self, size, eps * 1000)
+
+    monkeypatch.setattr(layers.RmsNorm, "__init__", wrong)
+    build_quietly(tiny_folder, tmp_path / "eager")
+    with pytest.raises(ParityError, match=r"eager model differs from transformers [\d.]+ at prompt \d, token \d+"):
+        build_quietly(tiny_folder, tmp_path / "transformers", reference="transformers")
+    assert left_behind(tmp_path) == ["eager"]
+
+
+@pytest.mark.parametrize("options", [{"reference": "llama.cpp"}, {"reference": "transformers", "verify": "off"}])
+def test_an_impossible_reference_is_refused(tiny_folder, tmp_path, options):
+    with pytest.raises(BuildError, match="--reference"):
+        build_quietly(tiny_folder, tmp_path / "out", **options)
