@@ -36,10 +36,15 @@ def test_a_room_imported_by_its_bare_name_fails_at_once(root):
     assert "ImportError" in run.stderr
 
 
+@pytest.fixture(scope="module")
+def wheel(root, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "-o", folder, root], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_zonda_and_nothing_else_and_works(root, tmp_path):
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "-o", tmp_path, root], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+def test_the_wheel_holds_zonda_and_nothing_else_and_works(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
@@ -58,3 +63,24 @@ def test_the_wheel_holds_zonda_and_nothing_else_and_works(root, tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
     )
     assert run.stdout.strip() == str(site / "zonda/__init__.py")
+
+
+@pytest.mark.slow
+def test_a_host_that_serves_needs_nothing_but_the_cpu_extra(wheel, tmp_path, tiny_bundle):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / "bin"
+    subprocess.run([binaries / "pip", "install", "--quiet", f"{wheel}[cpu]"], check=True)
+    listed = subprocess.run([binaries / "pip", "list"], capture_output=True, text=True, check=True).stdout
+    installed = {line.split()[0] for line in listed.splitlines()}
+    assert "onnxruntime" in installed
+    assert not installed & {"torch", "onnx", "onnx-ir", "transformers", "polygraphy", "triton"}
+    verify = subprocess.run([binaries / "zonda", "verify", tiny_bundle], capture_output=True, text=True, check=False)
+    assert verify.returncode == 0, verify.stderr
+    assert "proven on" in verify.stdout
+    text = subprocess.run(
+        [binaries / "zonda", "generate", tiny_bundle, "the wind", "--max-tokens", "8"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert text.stdout.strip()
