@@ -1,0 +1,37 @@
+"""Kernel of `QRmsNorm`: the gain is dequantised in registers and never written, one row a program."""
+
+import triton
+import triton.language as tl
+
+from ..cubins import Variant
+from .configuration import Configuration, Kernel, pointers, power_of_two, warps_for_row
+
+
+@triton.jit
+def q_rms_norm(x, codes, scales, y, eps, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """`y = x / sqrt(mean(x²) + eps) * (codes * scales[index // GROUP])`.
+
+    x, y: (rows, HIDDEN). codes: (HIDDEN,) int8. scales: (HIDDEN / GROUP,). eps: float32. Grid: rows.
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < HIDDEN
+    place = tl.program_id(0).to(tl.int64) * HIDDEN + column
+    value = tl.load(x + place, mask, other=0.0).to(tl.float32)
+    code = tl.load(codes + column, mask, other=0).to(tl.float32)
+    step = tl.load(scales + column // GROUP, mask, other=0.0).to(tl.float32)
+    mean = tl.div_rn(tl.sum(value * value, 0), HIDDEN * 1.0)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    tl.store(y + place, (value * scale * (code * step)).to(y.dtype.element_ty), mask)
+
+
+def _configure(variant: Variant) -> Configuration:
+    (_, hidden), (_, group) = variant.sizes
+    block = power_of_two(hidden)
+    return Configuration(
+        parameters=(*pointers(("x", "codes", "scales", "y"), variant.dtypes), ("eps", "fp32")),
+        constants=(("HIDDEN", hidden), ("GROUP", group), ("BLOCK", block)),
+        num_warps=warps_for_row(block),
+    )
+
+
+KERNEL = Kernel(q_rms_norm, _configure)

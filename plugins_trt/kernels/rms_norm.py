@@ -1,0 +1,40 @@
+"""Kernel of `RmsNorm`: one program holds ROWS whole rows in registers, so x is read once and y written once."""
+
+import triton
+import triton.language as tl
+
+from ..cubins import Variant
+from .configuration import Configuration, Kernel, pointers, power_of_two, warps_for_row
+
+_ELEMENTS = 512  # a program for short rows (the heads of a QK norm) takes several, to fill its warps
+
+
+@triton.jit
+def rms_norm(x, weight, y, eps, rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # noqa: N803
+    """`y = x / sqrt(mean(x²) + eps) * weight` over rows of HIDDEN, in float32.
+
+    x, y: (rows, HIDDEN). weight: (HIDDEN,). eps: float32. rows: int32. Grid: ceil(rows / ROWS).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    within = column < HIDDEN
+    mask = (row < rows)[:, None] & within[None, :]
+    place = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    value = tl.load(x + place, mask, other=0.0).to(tl.float32)
+    gain = tl.load(weight + column, within, other=0.0).to(tl.float32)
+    mean = tl.div_rn(tl.sum(value * value, 1), HIDDEN * 1.0)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    tl.store(y + place, (value * scale[:, None] * gain[None, :]).to(y.dtype.element_ty), mask)
+
+
+def _configure(variant: Variant) -> Configuration:
+    ((_, hidden),) = variant.sizes
+    block = power_of_two(hidden)
+    return Configuration(
+        parameters=(*pointers(("x", "weight", "y"), variant.dtypes), ("eps", "fp32"), ("rows", "i32")),
+        constants=(("HIDDEN", hidden), ("BLOCK", block), ("ROWS", max(1, _ELEMENTS // block))),
+        num_warps=warps_for_row(block),
+    )
+
+
+KERNEL = Kernel(rms_norm, _configure)
