@@ -16,16 +16,16 @@ def add_rms_norm(x, residual, weight, y, total, eps, HIDDEN: tl.constexpr, BLOCK
     """
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
-    place = tl.program_id(0).to(tl.int64) * HIDDEN + column
-    left = tl.load(x + place, mask, other=0.0).to(tl.float32)
-    right = tl.load(residual + place, mask, other=0.0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * HIDDEN
+    left = tl.load(x + start + column, mask, other=0.0).to(tl.float32)
+    right = tl.load(residual + start + column, mask, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask, other=0.0).to(tl.float32)
     rounded = (left + right).to(total.dtype.element_ty)
-    tl.store(total + place, rounded, mask)
+    tl.store(total + start + column, rounded, mask)
     value = rounded.to(tl.float32)
     mean = tl.div_rn(tl.sum(value * value, 0), HIDDEN * 1.0)
     scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    tl.store(y + place, (value * scale * gain).to(y.dtype.element_ty), mask)
+    tl.store(y + start + column, (value * scale * gain).to(y.dtype.element_ty), mask)
 
 
 def _configure(variant: Variant) -> Configuration:

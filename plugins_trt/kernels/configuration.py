@@ -12,13 +12,11 @@ class Configuration:
     """parameters: (name, Triton type) of the run-time parameters in order. constants: the function's constexprs.
 
     A constant of None is a pointer that this variant does not have.
-    aligned: the pointers may be read 16 bytes at a time.
     """
 
     parameters: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, int | None], ...]
     num_warps: int
-    aligned: bool = True
 
 
 @dataclass(frozen=True, slots=True)

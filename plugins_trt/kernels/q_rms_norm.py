@@ -15,13 +15,13 @@ def q_rms_norm(x, codes, scales, y, eps, HIDDEN: tl.constexpr, GROUP: tl.constex
     """
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
-    place = tl.program_id(0).to(tl.int64) * HIDDEN + column
-    value = tl.load(x + place, mask, other=0.0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * HIDDEN
+    value = tl.load(x + start + column, mask, other=0.0).to(tl.float32)
     code = tl.load(codes + column, mask, other=0).to(tl.float32)
     step = tl.load(scales + column // GROUP, mask, other=0.0).to(tl.float32)
     mean = tl.div_rn(tl.sum(value * value, 0), HIDDEN * 1.0)
     scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    tl.store(y + place, (value * scale * (code * step)).to(y.dtype.element_ty), mask)
+    tl.store(y + start + column, (value * scale * (code * step)).to(y.dtype.element_ty), mask)
 
 
 def _configure(variant: Variant) -> Configuration:

@@ -15,16 +15,18 @@ def rms_norm(x, weight, y, eps, rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
 
     x, y: (rows, HIDDEN). weight: (HIDDEN,). eps: float32. rows: int32. Grid: ceil(rows / ROWS).
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     within = column < HIDDEN
-    mask = (row < rows)[:, None] & within[None, :]
-    place = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    value = tl.load(x + place, mask, other=0.0).to(tl.float32)
+    mask = (first + row < rows)[:, None] & within[None, :]
+    start = first.to(tl.int64) * HIDDEN
+    place = row[:, None] * HIDDEN + column[None, :]
+    value = tl.load(x + start + place, mask, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, within, other=0.0).to(tl.float32)
     mean = tl.div_rn(tl.sum(value * value, 1), HIDDEN * 1.0)
     scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    tl.store(y + place, (value * scale[:, None] * gain[None, :]).to(y.dtype.element_ty), mask)
+    tl.store(y + start + place, (value * scale[:, None] * gain[None, :]).to(y.dtype.element_ty), mask)
 
 
 def _configure(variant: Variant) -> Configuration:

@@ -26,12 +26,13 @@ def _rotate(
 ):
     """Rotate the HEADS heads of one token. c, s: (1, BLOCK) float32, of which HALF count."""
     dtype = target.dtype.element_ty
-    base = token.to(tl.int64) * (HEADS * DIM)
+    source += token.to(tl.int64) * (HEADS * DIM)
+    target += token.to(tl.int64) * (HEADS * DIM)
     index = tl.arange(0, BLOCK)
     for start in tl.static_range(0, HEADS, TILE):
         head = start + tl.arange(0, TILE)
         present = (head < HEADS)[:, None]
-        row = base + head[:, None] * DIM
+        row = head[:, None] * DIM
         if INTERLEAVED:
             both = tl.arange(0, 2 * BLOCK)
             place = row + both[None, :]
@@ -82,9 +83,8 @@ def rope(
     token = tl.program_id(0)
     position = tl.load(positions + token)
     index = tl.arange(0, BLOCK)
-    known = (position >= 0) & (position < table_rows)
-    mask = (index < HALF) & known
     entry = position * HALF + index
+    mask = (index < HALF) & (entry >= 0) & (entry < table_rows.to(tl.int64) * HALF)
     c = tl.load(cos + entry, mask, other=float("nan"))[None, :]
     s = tl.load(sin + entry, mask, other=float("nan"))[None, :]
     _rotate(q, q_out, token, c, s, HEADS, DIM, HALF, BLOCK, REST, TILE, INTERLEAVED)

@@ -1,0 +1,45 @@
+"""Run a marker's kernel on the CPU in Triton's interpreter: the numbers of the kernel's source, without a GPU.
+
+Needs torch for its tensors, and `TRITON_INTERPRET=1` in the environment before Triton is imported, so a process
+that interprets cannot compile.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from ... import BuildError
+from ..marker import Marker, Tensor
+from . import KERNELS
+
+_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "int8",
+    torch.int64: "int64",
+}
+
+
+def interpret(node: Marker, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of `node` for contiguous CPU tensors, computed as the plugin would launch it.
+
+    Raises:
+        BuildError: the inputs do not fit the marker, or Triton was imported to compile.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise BuildError("set TRITON_INTERPRET=1 before the process starts: Triton was imported to compile")
+    descriptions = [Tensor(tuple(t.shape), _NAMES[t.dtype]) for t in inputs]
+    variant = node.variant(descriptions)
+    kernel = KERNELS[variant.kernel]
+    configuration = kernel.configure(variant)
+    outputs = [torch.empty_like(inputs[port.like or 0]) for port in node.outputs]
+    values = (*(t.contiguous() for t in inputs), *outputs, *node.scalars(descriptions))
+    arguments = dict(zip((name for name, _ in configuration.parameters), values, strict=True))
+    constants = dict(configuration.constants)
+    blocks = {name: value for name, value in constants.items() if value is not None}
+    programs = node.programs(descriptions, blocks)
+    if programs:
+        kernel.function[(programs,)](**arguments, **constants)
+    return outputs
