@@ -20,6 +20,7 @@ class AddRmsNorm(Marker):
     """eps: added to the mean square."""
 
     name: ClassVar[str] = "AddRmsNorm"
+    kernel: ClassVar[str] = "add_rms_norm"
     fields: ClassVar[tuple[Field, ...]] = (Field("eps", float),)
     inputs: ClassVar[tuple[Port, ...]] = (
         Port("x", FLOATS),
@@ -39,7 +40,7 @@ class AddRmsNorm(Marker):
         hidden = hidden_size(self.name, inputs[0])
         check_shape(self.name, "residual", inputs[1], inputs[0].shape)
         check_shape(self.name, "weight", inputs[2], [hidden])
-        return Variant("add_rms_norm", self.signature(inputs), (("hidden", hidden),))
+        return Variant(self.kernel, self.signature(inputs), (("hidden", hidden),))
 
     def scalars(self, inputs: Sequence[Tensor]) -> tuple[float, ...]:  # noqa: ARG002
         """Eps."""

@@ -51,9 +51,11 @@ class Marker(ABC):
     """One node of a marker: its attribute values, and what follows from them.
 
     Subclasses are frozen dataclasses with one attribute a field, checked in `__post_init__` (BuildError).
+    name: the ONNX operator. kernel: the kernel's name. fields: the attributes.
     """
 
     name: ClassVar[str]
+    kernel: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]]
 
     @property

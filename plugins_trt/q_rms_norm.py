@@ -22,6 +22,7 @@ class QRmsNorm(Marker):
     """eps: added to the mean square."""
 
     name: ClassVar[str] = "QRmsNorm"
+    kernel: ClassVar[str] = "q_rms_norm"
     fields: ClassVar[tuple[Field, ...]] = (Field("eps", float),)
     inputs: ClassVar[tuple[Port, ...]] = (Port("x", FLOATS), Port("codes", ("int8",)), Port("scales", FLOATS))
     outputs: ClassVar[tuple[Port, ...]] = (Port("y", like=0),)
@@ -40,7 +41,7 @@ class QRmsNorm(Marker):
         if groups < 1 or hidden % groups:
             raise BuildError(f"{self.name}: scales of shape {list(scales.shape)} do not divide a gain of {hidden}")
         check_shape(self.name, "codes", codes, [hidden] if len(codes.shape) == 1 else [groups, hidden // groups])
-        return Variant("q_rms_norm", self.signature(inputs), (("hidden", hidden), ("group", hidden // groups)))
+        return Variant(self.kernel, self.signature(inputs), (("hidden", hidden), ("group", hidden // groups)))
 
     def scalars(self, inputs: Sequence[Tensor]) -> tuple[float, ...]:  # noqa: ARG002
         """Eps."""

@@ -20,6 +20,7 @@ class RmsNorm(Marker):
     """eps: added to the mean square."""
 
     name: ClassVar[str] = "RmsNorm"
+    kernel: ClassVar[str] = "rms_norm"
     fields: ClassVar[tuple[Field, ...]] = (Field("eps", float),)
     inputs: ClassVar[tuple[Port, ...]] = (Port("x", FLOATS), Port("weight", ("fp32",), like=0))
     outputs: ClassVar[tuple[Port, ...]] = (Port("y", like=0),)
@@ -34,7 +35,7 @@ class RmsNorm(Marker):
         self.check_dtypes(inputs)
         hidden = hidden_size(self.name, inputs[0])
         check_shape(self.name, "weight", inputs[1], [hidden])
-        return Variant("rms_norm", self.signature(inputs), (("hidden", hidden),))
+        return Variant(self.kernel, self.signature(inputs), (("hidden", hidden),))
 
     def scalars(self, inputs: Sequence[Tensor]) -> tuple[float, ...]:
         """Eps, rows."""

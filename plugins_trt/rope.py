@@ -27,6 +27,7 @@ class RoPE(Marker):
     """num_heads: Hq. num_key_value_heads: Hkv, 0 without k. interleaved: 0 or 1. rotary_dim: R, at most D."""
 
     name: ClassVar[str] = "RoPE"
+    kernel: ClassVar[str] = "rope"
     fields: ClassVar[tuple[Field, ...]] = (
         Field("num_heads", int),
         Field("num_key_value_heads", int),
@@ -65,10 +66,14 @@ class RoPE(Marker):
         (q, *k), (cos, sin, positions) = inputs[:-3], inputs[-3:]
         width = q.shape[-1] if q.shape else -1
         if width < 1 or width % self.num_heads:
-            raise BuildError(f"{self.name}: the last dimension of q is {width}, not a multiple of {self.num_heads} heads")
+            raise BuildError(
+                f"{self.name}: the last dimension of q is {width}, not a multiple of {self.num_heads} heads"
+            )
         dim, half = width // self.num_heads, self.rotary_dim // 2
         if not 2 * half <= dim <= MAX_HEAD_DIM:
-            raise BuildError(f"{self.name}: rotary_dim {self.rotary_dim} and head dimension {dim} (limit {MAX_HEAD_DIM})")
+            raise BuildError(
+                f"{self.name}: rotary_dim {self.rotary_dim} and head dimension {dim} (limit {MAX_HEAD_DIM})"
+            )
         for tensor in k:
             check_shape(self.name, "k", tensor, [*q.shape[:-1], self.num_key_value_heads * dim])
         for table, name in ((cos, "cos"), (sin, "sin")):
@@ -81,7 +86,7 @@ class RoPE(Marker):
             "half": half,
             "interleaved": self.interleaved,
         }
-        return Variant("rope", self.signature(inputs), tuple(sizes.items()))
+        return Variant(self.kernel, self.signature(inputs), tuple(sizes.items()))
 
     def scalars(self, inputs: Sequence[Tensor]) -> tuple[float, ...]:
         """Rows of the tables."""
