@@ -128,9 +128,9 @@ class CubinLibrary:
             BundleError: the bytes are no kernel library, are damaged, or of another schema.
         """
         try:
-            schema, _ = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
+            schema, library = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
             if schema != _SCHEMA:
                 raise BundleError(f"kernel library of schema {schema}; this version reads {_SCHEMA}: build it again")
-            return msgspec.msgpack.decode(data, type=tuple[int, cls])[1]
+            return msgspec.msgpack.decode(library, type=cls)
         except (msgspec.MsgspecError, BuildError) as error:
             raise BundleError(f"the kernel library is damaged: {error}") from error

@@ -1,13 +1,19 @@
 """Run a marker's kernel on the CPU in Triton's interpreter: the numbers of the kernel's source, without a GPU.
 
 Needs torch for its tensors, and `TRITON_INTERPRET=1` in the environment before Triton is imported, so a process
-that interprets cannot compile.
+that interprets cannot compile. Triton's interpreter cuts float32 off where a GPU rounds it to bfloat16 (to the
+nearest, ties to even); here it rounds too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
 from ... import BuildError
 from ..marker import Marker, Tensor
@@ -41,5 +47,19 @@ def interpret(node: Marker, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor
     blocks = {name: value for name, value in constants.items() if value is not None}
     programs = node.programs(descriptions, blocks)
     if programs:
-        kernel.function[(programs,)](**arguments, **constants)
+        with mock.patch.object(interpreter, "_convert_float", _rounding(interpreter._convert_float)):
+            kernel.function[(programs,)](**arguments, **constants)
     return outputs
+
+
+def _rounding(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's conversion between float types, but to the nearest bfloat16."""
+
+    def call(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, mode)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+    return call
