@@ -36,7 +36,7 @@ class AddRmsNorm(Marker):
 
     def variant(self, inputs: Sequence[Tensor]) -> Variant:
         """See `Marker.variant`."""
-        self.check_dtypes(inputs)
+        self.check_dtypes([tensor.dtype for tensor in inputs])
         hidden = hidden_size(self.name, inputs[0])
         check_shape(self.name, "residual", inputs[1], inputs[0].shape)
         check_shape(self.name, "weight", inputs[2], [hidden])

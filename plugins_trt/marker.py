@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from .. import BuildError
 from .cubins import Variant
@@ -97,29 +97,28 @@ class Marker(ABC):
         """Field name -> value: `create(values())` gives an equal node."""
         return {field.name: getattr(self, field.name) for field in self.fields}
 
-    def accepts(self, position: int, dtypes: Sequence[Any]) -> bool:
+    def accepts(self, position: int, dtypes: Sequence[str]) -> bool:
         """Whether the tensor at `position` (inputs, then outputs) may be `dtypes[position]`, given those before it."""
         port = (*self.inputs, *self.outputs)[position]
         found = dtypes[position]
         return found in port.dtypes or (port.like is not None and found == dtypes[port.like])
 
-    def output_tensors(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Every output of a marker has the shape and dtype of one of its inputs."""
-        return tuple(inputs[port.like or 0] for port in self.outputs)
+    def output_sources(self) -> tuple[int, ...]:
+        """For each output the input whose shape and dtype it has."""
+        return tuple(port.like or 0 for port in self.outputs)
 
-    def check_dtypes(self, inputs: Sequence[Tensor]) -> None:
+    def check_dtypes(self, dtypes: Sequence[str]) -> None:
         """Raise BuildError if there are too many or too few inputs, or one is of a type that the kernel cannot take."""
-        if len(inputs) != len(self.inputs):
+        if len(dtypes) != len(self.inputs):
             expected = ", ".join(port.name for port in self.inputs)
-            raise BuildError(f"{self.name} takes {expected}; the node has {len(inputs)} inputs")
-        dtypes = [tensor.dtype for tensor in inputs]
+            raise BuildError(f"{self.name} takes {expected}; the node has {len(dtypes)} inputs")
         for position, port in enumerate(self.inputs):
             if not self.accepts(position, dtypes):
                 raise BuildError(f"{self.name}: {port.name} cannot be {dtypes[position]} beside {dtypes[0]}")
 
     def signature(self, inputs: Sequence[Tensor]) -> tuple[str, ...]:
         """Element types, inputs then outputs."""
-        return tuple(tensor.dtype for tensor in (*inputs, *self.output_tensors(inputs)))
+        return tuple(tensor.dtype for tensor in (*inputs, *(inputs[source] for source in self.output_sources())))
 
 
 def rows(tensor: Tensor) -> int:

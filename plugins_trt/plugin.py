@@ -1,19 +1,20 @@
 """TensorRT's classes for a marker: IPluginV3 with its three capabilities, and the creator, for either TensorRT.
 
-TensorRT calls these from C++. An exception there is at best printed (`get_fields_to_serialize`) and at worst ends
-the process (`clone`), so each callback notes its failure with the node's name before it lets TensorRT fail, and
-`Failures.check` turns the notes into one BuildError after the build.
+TensorRT calls these from C++. While it parses, an exception is a clean failure, so that is when everything is
+checked. While it builds, a plugin that fails corrupts the heap (seen with TensorRT-RTX 1.7 on any but the smallest
+graphs), and an exception in `clone` or `supports_format_combination` ends the process; so there a failure is only
+noted and the build goes on. `Failures.check` turns the notes, with their nodes' names, into one error afterwards.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import BuildError
+from .. import BuildError, ZondaError
 from .cubins import CubinLibrary
 from .launcher import Launch, Launcher
 from .marker import Marker, Tensor
@@ -27,13 +28,13 @@ class Failures:
 
     entries: list[tuple[str, str, Exception]] = field(default_factory=list)
 
-    def check(self) -> None:
-        """Raise BuildError if anything was noted: the first failure in the message, the rest counted."""
+    def check(self, kind: type[ZondaError]) -> None:
+        """Raise an error of this kind if anything was noted: the first failure in the message, the rest counted."""
         if self.entries:
             node, callback, error = self.entries[0]
             others = f" (and {len(self.entries) - 1} more)" if len(self.entries) > 1 else ""
             self.entries.clear()
-            raise BuildError(f"plugin node {node}: {error}{others} [{callback}]") from error
+            raise kind(f"plugin node {node}: {error}{others} [{callback}]") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +50,33 @@ class Surroundings:
     launcher: Callable[[], Launcher]
     failures: Failures
 
-    @property
-    def dtypes(self) -> Mapping[Any, str]:
-        """TensorRT's data types -> our names."""
-        types = self.trt.DataType
-        return {types.HALF: "fp16", types.BF16: "bf16", types.FLOAT: "fp32", types.INT8: "int8", types.INT64: "int64"}
+    def dtype(self, kind: Any) -> str:
+        """Our name of a TensorRT data type; TensorRT's own if the markers have none."""
+        names = {"HALF": "fp16", "FLOAT": "fp32"}
+        return names.get(kind.name, str(kind.name).lower())
 
     def tensor(self, description: Any) -> Tensor:
         """From a PluginTensorDesc."""
-        dtype = self.dtypes.get(description.type, str(description.type))
-        return Tensor(tuple(description.dims), dtype)
+        return Tensor(tuple(description.dims), self.dtype(description.type))
 
 
-def noted(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A callback that notes its exception with the node's name before TensorRT sees it."""
+def noted(silent: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A callback that notes its exception with the node's name; silent: and returns None instead of raising it."""
 
-    @functools.wraps(method)
-    def call(self: Any, *arguments: Any) -> Any:
-        try:
-            return method(self, *arguments)
-        except Exception as error:
-            self.around.failures.entries.append((self.node, method.__name__, error))
-            raise
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: Any, *arguments: Any) -> Any:
+            try:
+                return method(self, *arguments)
+            except Exception as error:
+                self.around.failures.entries.append((self.node, method.__name__, error))
+                if not silent:
+                    raise
+                return None
 
-    return call
+        return call
+
+    return decorate
 
 
 class PluginMethods:
@@ -85,8 +89,8 @@ class PluginMethods:
         for base in self.bases:
             base.__init__(self)
         self.node, self.marker, self.around = node, marker, around
-        self.launcher: Launcher | None = None
         self.launch: Launch | None = None
+        self.dtypes: tuple[str, ...] = ()  # of the inputs, once known
         self.plugin_name, self.plugin_namespace, self.plugin_version = marker.name, NAMESPACE, VERSION
         self.num_outputs = len(marker.outputs)
         self.timing_cache_id = ""
@@ -111,31 +115,39 @@ class PluginMethods:
         """Built in `set_up`."""
         return self.serialised
 
-    @noted
+    @noted()
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-        """Each output has the type of an input."""
-        return [input_types[port.like or 0] for port in self.marker.outputs]
+        """Each output has the type of an input. Called by the parser first."""
+        self.dtypes = tuple(self.around.dtype(kind) for kind in input_types)
+        self.marker.check_dtypes(self.dtypes)
+        return [input_types[source] for source in self.marker.output_sources()]
 
-    @noted
+    @noted()
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expressions: Any) -> list[Any]:  # noqa: ARG002
-        """Each output has the shape of an input."""
-        return [self.around.trt.DimsExprs(list(inputs[port.like or 0])) for port in self.marker.outputs]
+        """Each output has the shape of an input. Called by the parser next: refuses what has no kernel."""
+        if self.dtypes:
+            shapes = [tuple(d.get_constant_value() if d.is_constant() else -1 for d in dims) for dims in inputs]
+            self.require_kernel([Tensor(*pair) for pair in zip(shapes, self.dtypes, strict=True)])
+        return [self.around.trt.DimsExprs(list(inputs[source])) for source in self.marker.output_sources()]
 
-    @noted
-    def supports_format_combination(self, position: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+    def supports_format_combination(self, position: int, in_out: Sequence[Any], num_inputs: int) -> bool:  # noqa: ARG002
         """Row-major tensors of the marker's types."""
-        if num_inputs != len(self.marker.inputs):
-            names = ", ".join(port.name for port in self.marker.inputs)
-            raise BuildError(f"{self.marker.name} takes {names}; the node has {num_inputs} inputs")
-        dtypes = [self.around.dtypes.get(d.desc.type) for d in in_out[: position + 1]]
         linear = in_out[position].desc.format == self.around.trt.TensorFormat.LINEAR
-        return bool(linear and self.marker.accepts(position, dtypes))
+        return bool(linear and self.accepts(position, in_out) is not False)
 
-    @noted
+    @noted(silent=True)
+    def accepts(self, position: int, in_out: Sequence[Any]) -> bool:
+        """Whether the types up to this position fit."""
+        return self.marker.accepts(position, [self.around.dtype(d.desc.type) for d in in_out[: position + 1]])
+
+    @noted(silent=True)
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
-        """Refuse at build time what has no kernel."""
-        variant = self.marker.variant([self.around.tensor(d.desc) for d in inputs])
-        self.around.library.require(self.around.library.capabilities, [variant])
+        """Check again what the parser has let pass, with the shapes of a profile."""
+        self.require_kernel([self.around.tensor(d.desc) for d in inputs])
+
+    def require_kernel(self, tensors: Sequence[Tensor]) -> None:
+        """Raise BuildError if there is no compiled kernel for these inputs."""
+        self.around.library.require(self.around.library.capabilities, [self.marker.variant(tensors)])
 
     def get_valid_tactics(self) -> list[int]:
         """No choice of algorithm."""
@@ -148,21 +160,25 @@ class PluginMethods:
     def set_tactic(self, tactic: int) -> None:
         """No choice of algorithm."""
 
-    @noted
     def attach_to_context(self, resources: Any) -> Any:  # noqa: ARG002
-        """A copy of its own for an execution context, its kernels loaded on this device."""
-        attached = self.clone()
-        attached.launcher = self.around.launcher()
-        attached.launcher.prepare(self.marker.kernel)
-        return attached
+        """A copy of its own for an execution context, its kernels loaded on this device.
 
-    @noted
+        On a device that cannot run them `enqueue` will fail, which TensorRT takes well.
+        """
+        self.prepare()
+        return self.clone()
+
+    @noted(silent=True)
+    def prepare(self) -> None:
+        """Load the kernels now, so that no module is loaded while a graph is captured."""
+        self.around.launcher().prepare(self.marker.kernel)
+
+    @noted()
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:  # noqa: ARG002
         """Bind the launch: all that depends on shapes."""
-        tensors = [self.around.tensor(d) for d in inputs]
-        self.launch = self.bind(tensors)
+        self.launch = self.bind([self.around.tensor(d) for d in inputs])
 
-    @noted
+    @noted()
     def enqueue(
         self,
         input_descriptions: Sequence[Any],
@@ -172,14 +188,14 @@ class PluginMethods:
         workspace: int,  # noqa: ARG002
         stream: int,
     ) -> None:
-        """Launch on TensorRT's stream."""
+        """Launch on TensorRT's stream. An exception makes `execute_async_v3` return False."""
         if self.launch is None:
             self.launch = self.bind([self.around.tensor(d) for d in input_descriptions])
         self.launch([*inputs, *outputs], stream)
 
     def bind(self, tensors: Sequence[Tensor]) -> Launch:
         """The launch for inputs of known shape."""
-        launcher = self.launcher or self.around.launcher()
+        launcher = self.around.launcher()
         variant = self.marker.variant(tensors)
         programs = self.marker.programs(tensors, dict(launcher.cubin(variant).constants))
         return launcher.bind(variant, programs, self.marker.scalars(tensors))

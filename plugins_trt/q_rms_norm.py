@@ -34,7 +34,7 @@ class QRmsNorm(Marker):
 
     def variant(self, inputs: Sequence[Tensor]) -> Variant:
         """See `Marker.variant`."""
-        self.check_dtypes(inputs)
+        self.check_dtypes([tensor.dtype for tensor in inputs])
         hidden = hidden_size(self.name, inputs[0])
         codes, scales = inputs[1:]
         groups = scales.shape[0] if len(scales.shape) == 1 else -1

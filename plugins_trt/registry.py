@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from .. import BuildError, ZondaError
 from .add_rms_norm import AddRmsNorm
 from .cubins import CubinLibrary
 from .cuda import CudaDriver
@@ -33,11 +34,11 @@ class Registration:
     _close: Callable[[], None]
 
     @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Around a parse, a build or an execution: raises BuildError if a plugin failed in it, naming the node."""
+    def reporting(self, kind: type[ZondaError] = BuildError) -> Iterator[None]:
+        """Around a parse, a build, or an execution: if a plugin failed in it, raise `kind` with the node's name."""
         self.failures.entries.clear()
         yield
-        self.failures.check()
+        self.failures.check(kind)
 
     def close(self) -> None:
         """Take the plugins out of TensorRT's registry, and unload the kernels."""

@@ -32,7 +32,7 @@ class RmsNorm(Marker):
 
     def variant(self, inputs: Sequence[Tensor]) -> Variant:
         """See `Marker.variant`."""
-        self.check_dtypes(inputs)
+        self.check_dtypes([tensor.dtype for tensor in inputs])
         hidden = hidden_size(self.name, inputs[0])
         check_shape(self.name, "weight", inputs[1], [hidden])
         return Variant(self.kernel, self.signature(inputs), (("hidden", hidden),))

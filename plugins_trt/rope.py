@@ -62,7 +62,7 @@ class RoPE(Marker):
 
     def variant(self, inputs: Sequence[Tensor]) -> Variant:
         """See `Marker.variant`."""
-        self.check_dtypes(inputs)
+        self.check_dtypes([tensor.dtype for tensor in inputs])
         (q, *k), (cos, sin, positions) = inputs[:-3], inputs[-3:]
         width = q.shape[-1] if q.shape else -1
         if width < 1 or width % self.num_heads:

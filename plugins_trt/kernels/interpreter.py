@@ -40,7 +40,7 @@ def interpret(node: Marker, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor
     variant = node.variant(descriptions)
     kernel = KERNELS[variant.kernel]
     configuration = kernel.configure(variant)
-    outputs = [torch.empty_like(inputs[port.like or 0]) for port in node.outputs]
+    outputs = [torch.empty_like(inputs[source]) for source in node.output_sources()]
     values = (*(t.contiguous() for t in inputs), *outputs, *node.scalars(descriptions))
     arguments = dict(zip((name for name, _ in configuration.parameters), values, strict=True))
     constants = dict(configuration.constants)

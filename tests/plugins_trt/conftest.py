@@ -41,7 +41,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for fixture, module in needs.items():
             if fixture in getattr(item, "fixturenames", ()) and find_spec(module) is None:
-                item.add_marker(pytest.mark.skip(reason=f"{module} is not installed: pip install -e '.[{extras[module]}]'"))
+                item.add_marker(
+                    pytest.mark.skip(reason=f"{module} is not installed: pip install -e '.[{extras[module]}]'")
+                )
 
 
 @pytest.fixture(scope="session")
@@ -150,9 +152,7 @@ def with_plugin_nodes(directory) -> ir.Model:
 def fuse_first_add(model: ir.Model) -> None:
     norm = next(n for n in model.graph if n.op_type == "RmsNorm" and n.inputs[0].producer().op_type == "Add")
     add = norm.inputs[0].producer()
-    fused = ir.node(
-        "AddRmsNorm", [*add.inputs, norm.inputs[1]], dict(norm.attributes), domain="zonda", num_outputs=2
-    )
+    fused = ir.node("AddRmsNorm", [*add.inputs, norm.inputs[1]], dict(norm.attributes), domain="zonda", num_outputs=2)
     for new, old in zip(fused.outputs, (norm.outputs[0], add.outputs[0]), strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
     model.graph.insert_before(norm, fused)

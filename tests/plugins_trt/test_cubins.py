@@ -37,7 +37,7 @@ def test_a_plan_is_checked_against_the_library():
     library.require([80], [NORM])
     with pytest.raises(BuildError, match=r"no kernels for compute capability \[120\]"):
         library.require([80, 120])
-    with pytest.raises(BuildError, match="rope .* is not in the kernel library"):
+    with pytest.raises(BuildError, match=r"rope .* is not in the kernel library"):
         library.require([80], [ROPE])
 
 

@@ -150,7 +150,9 @@ def test_rope_of_models(interpret, shape):
     angles = normal(0, 9, half)
     q, k = normal(1, 1, 2, heads * dim).half(), normal(2, 1, 2, key_heads * dim).half()
     positions = torch.tensor([[8, 3]])
-    found = interpret(RoPE(heads, key_heads, 0, 2 * half), [q, k, angles.cos().float(), angles.sin().float(), positions])
+    found = interpret(
+        RoPE(heads, key_heads, 0, 2 * half), [q, k, angles.cos().float(), angles.sin().float(), positions]
+    )
     rows = [exact(table.float())[positions.numpy()] for table in (angles.cos(), angles.sin())]
     for x, y, count in zip((q, k), found, (heads, key_heads), strict=True):
         assert_rotated(y, *rotated(exact(x), *rows, count, False))
