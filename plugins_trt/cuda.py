@@ -11,10 +11,10 @@ _STATIC_LIMIT = 48 * 1024  # beyond it a kernel must be allowed its shared memor
 class CudaDriver:
     """Raises EngineError from every method, with CUDA's own name for what went wrong."""
 
-    def __init__(self) -> None:
-        """Raises EngineError if cuda-python is not installed."""
+    def __init__(self, bindings: Any = None) -> None:
+        """Take `cuda.bindings.driver`, or what stands in for it. Raises EngineError if cuda-python is not installed."""
         try:
-            self._cuda: Any = importlib.import_module("cuda.bindings.driver")
+            self._cuda: Any = bindings or importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise EngineError(f"TensorRT plugins need cuda-python: {error}; pip install cuda-python") from error
 
@@ -51,7 +51,10 @@ class CudaDriver:
         self._call("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared, stream, parameters, 0)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        status, *results = getattr(self._cuda, name)(*arguments)
+        try:
+            status, *results = getattr(self._cuda, name)(*arguments)
+        except RuntimeError as error:  # the driver library itself is missing or too old
+            raise EngineError(f"{name} failed: {error}") from error
         if status != self._cuda.CUresult.CUDA_SUCCESS:
             raise EngineError(f"{name} failed: {status.name}")
         return results[0] if results else None

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -38,7 +39,8 @@ def pytest_collection_modifyitems(items):
     """Skip what needs a package that is not installed, saying which extra brings it."""
     needs = {"triton": "triton", "interpret": "triton", "rtx": "tensorrt_rtx"}
     extras = {"triton": "plugins", "tensorrt_rtx": "rtx"}
-    for item in items:
+    here = Path(__file__).parent
+    for item in (item for item in items if here in item.path.parents):
         for fixture, module in needs.items():
             if fixture in getattr(item, "fixturenames", ()) and find_spec(module) is None:
                 item.add_marker(
