@@ -28,14 +28,17 @@ HEADS = (  # heads, key heads, head dimension, half of the rotary dimension
 
 
 def norms(dtype: str, hidden: int) -> list[Variant]:
+    """Each norm with the gain in the type of x, and in float32."""
     sizes = (("hidden", hidden),)
-    quantised = (dtype, "int8", "fp16" if dtype == "bf16" else dtype, dtype)
     group = next(g for g in (32, 31, 1) if hidden % g == 0)
     return [
-        Variant("rms_norm", (dtype,) * 3, sizes),
-        Variant("rms_norm", (dtype, "fp32", dtype), sizes),
-        Variant("add_rms_norm", (dtype,) * 5, sizes),
-        Variant("q_rms_norm", quantised, (*sizes, ("group", group))),
+        variant
+        for gain in dict.fromkeys((dtype, "fp32"))
+        for variant in (
+            Variant("rms_norm", (dtype, gain, dtype), sizes),
+            Variant("add_rms_norm", (dtype, dtype, gain, dtype, dtype), sizes),
+            Variant("q_rms_norm", (dtype, "int8", gain, dtype), (*sizes, ("group", group))),
+        )
     ]
 
 
@@ -111,7 +114,7 @@ def test_a_cubin_is_for_its_capability_and_takes_two_more_pointers(triton, tmp_p
 
 
 def test_what_the_launcher_needs_is_recorded(triton):
-    rms_norm, _, _, q_rms_norm = norms("fp16", 64)
+    rms_norm, _, q_rms_norm, *_ = norms("fp16", 64)
     (first, second) = compile_kernels([rms_norm, q_rms_norm], [80], triton).cubins
     assert first.parameters == (("x", "*fp16"), ("weight", "*fp16"), ("y", "*fp16"), ("eps", "fp32"), ("rows", "i32"))
     assert dict(first.constants) == {"HIDDEN": 64, "BLOCK": 64, "ROWS": 8}
