@@ -1,9 +1,9 @@
 """TensorRT's classes for a marker: IPluginV3 with its three capabilities, and the creator, for either TensorRT.
 
 TensorRT calls these from C++. While it parses, an exception is a clean failure, so that is when everything is
-checked. While it builds, a plugin that fails corrupts the heap (seen with TensorRT-RTX 1.7 on any but the smallest
-graphs), and an exception in `clone` or `supports_format_combination` ends the process; so there a failure is only
-noted and the build goes on. `Failures.check` turns the notes, with their nodes' names, into one error afterwards.
+checked. While it builds, a plugin that fails in `configure_plugin` or supports no format corrupts the heap (seen with
+TensorRT-RTX 1.7 on any but the smallest graphs), and an exception in `clone` ends the process; so there a failure is
+only noted and the build goes on. `Failures.check` turns the notes, with their nodes' names, into one error afterwards.
 """
 
 import functools

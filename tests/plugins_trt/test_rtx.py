@@ -41,7 +41,7 @@ def layers_of(rtx, logger, registration, model: ir.Model):
             tensor = network.get_input(index)
             rows, tokens, most = sizes
             shapes = [
-                [n if axis == 0 else tokens if d < 0 else d for axis, d in enumerate(tensor.shape)]
+                [d if d >= 0 else n if axis == 0 else tokens for axis, d in enumerate(tensor.shape)]
                 for n in (rows, rows, most)
             ]
             profile.set_shape(tensor.name, *shapes)
@@ -94,26 +94,71 @@ def test_a_marker_that_is_not_asked_for_keeps_its_body(rtx, logger, graph, libra
     assert plan is not None
 
 
-def single(op_type="RmsNorm", weight=64, **attributes) -> ir.Model:
-    """A graph of one marker without a body."""
-    x = ir.val("x", ir.DataType.FLOAT16, ["b", 64])
-    gain = ir.Value(name="gain", const_value=ir.tensor(np.ones(weight, np.float16)))
-    node = ir.node(op_type, [x, gain], attributes, domain="zonda", name="the_norm")
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", x.type, x.shape
-    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[gain], opset_imports={"": 24, "zonda": 1}, name="g")
+HALF, BF16, FLOAT = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+def alone(op_type, inputs, attributes, sources=(0,)) -> ir.Model:
+    """A graph of one marker, without a body. inputs: arrays are constants. sources: the input each output is like."""
+    values = [
+        ir.Value(name=f"in{n}", const_value=ir.tensor(i)) if isinstance(i, np.ndarray) else ir.val(f"in{n}", *i)
+        for n, i in enumerate(inputs)
+    ]
+    node = ir.node(op_type, values, attributes, domain="zonda", name="the_node", num_outputs=len(sources))
+    for n, (output, source) in enumerate(zip(node.outputs, sources, strict=True)):
+        output.name, output.type, output.shape = f"out{n}", values[source].type, values[source].shape
+    constants = [value for value in values if value.const_value is not None]
+    for value in constants:
+        value.type, value.shape = ir.TensorType(value.const_value.dtype), value.const_value.shape
+    graph = ir.Graph(
+        [value for value in values if value.const_value is None],
+        node.outputs,
+        nodes=[node],
+        initializers=constants,
+        opset_imports={"": 24, "zonda": 1},
+        name="g",
+    )
     return ir.Model(graph, ir_version=11)
+
+
+def every_marker(dtype: ir.DataType):
+    x, row, tokens = (dtype, ["b", "s", 96]), (dtype, [96]), (ir.DataType.INT64, ["b", "s"])
+    tables = [np.zeros((9, 8), np.float32)] * 2
+    heads = {"num_heads": 3, "num_key_value_heads": 1, "interleaved": 1, "rotary_dim": 16}
+    eps = {"eps": 1e-5}
+    yield alone("RmsNorm", [x, row], eps)
+    yield alone("RmsNorm", [x, np.ones(96, np.float32)], eps)
+    yield alone("AddRmsNorm", [x, x, row], eps, (0, 0))
+    yield alone("QRmsNorm", [x, np.ones((3, 32), np.int8), np.ones(3, np.float32)], eps)
+    yield alone("QRmsNorm", [x, np.ones(96, np.int8), np.ones(3, np.float16)], eps)
+    yield alone("RoPE", [x, (dtype, ["b", "s", 32]), *tables, tokens], heads, (0, 1))
+    yield alone("RoPE", [x, *tables, tokens], heads | {"num_key_value_heads": 0})
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=lambda dtype: dtype.name)
+def test_every_marker_is_built_in_every_type(rtx, logger, triton, dtype):
+    models = list(every_marker(dtype))
+    variants = [variants_of(model.graph)[0] for model in models]
+    with registered(rtx, compile_kernels(variants, CAPABILITIES, triton)) as registration:
+        for model in models:
+            layers, plan = layers_of(rtx, logger, registration, model)
+            assert layers["the_node"] == rtx.LayerType.PLUGIN_V3
+            assert plan is not None
+
+
+def norm(op_type="RmsNorm", weight=64, **attributes) -> ir.Model:
+    return alone(op_type, [(HALF, ["b", 64]), np.ones(weight, np.float16)], attributes)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (single(), "the_norm: RmsNorm lacks the attribute eps"),
-        (single(eps=1), "the_norm: RmsNorm: attribute eps is INT32, not FLOAT32"),
-        (single(eps=[1.0, 2.0]), "the_norm: RmsNorm: attribute eps holds 2 values, not one"),
-        (single(eps=-1.0), "the_norm: RmsNorm: eps is -1.0; it must be finite"),
-        (single(eps=1.0, weight=63), r"the_norm: RmsNorm: weight has shape \[63\], not \[64\]"),
-        (single(eps=1.0), "the_norm: rms_norm .* is not in the kernel library"),
-        (single("QRmsNorm", eps=1.0), "the_norm: QRmsNorm takes x, codes, scales; the node has 2 inputs"),
+        (norm(), "the_node: RmsNorm lacks the attribute eps"),
+        (norm(eps=1), "the_node: RmsNorm: attribute eps is INT32, not FLOAT32"),
+        (norm(eps=[1.0, 2.0]), "the_node: RmsNorm: attribute eps holds 2 values, not one"),
+        (norm(eps=-1.0), "the_node: RmsNorm: eps is -1.0; it must be finite"),
+        (norm(eps=1.0, weight=63), r"the_node: RmsNorm: weight has shape \[63\], not \[64\]"),
+        (norm(eps=1.0), "the_node: rms_norm .* is not in the kernel library"),
+        (norm("QRmsNorm", eps=1.0), "the_node: QRmsNorm takes x, codes, scales; the node has 2 inputs"),
     ],
     ids=["missing", "int", "list", "range", "shape", "uncompiled", "inputs"],
 )
