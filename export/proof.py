@@ -154,7 +154,7 @@ def run_eager(module: CausalModel, load: Callable[[str], Tensor], prompts: Seque
         ids[row, : len(prompt)] = prompt
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, length)
-    handles = [handle for name, part in module.named_modules() for handle in _stream(name, part, load)]
+    handles = [handle for name, part in module.named_modules() for handle in stream_parameters(name, part, load)]
     try:
         with torch.no_grad():
             cache = Cache.zeros(module.kv_shapes, batch, length)
@@ -168,8 +168,17 @@ def run_eager(module: CausalModel, load: Callable[[str], Tensor], prompts: Seque
     return Golden.of(prompts, logits.float()[valid].numpy(), states)
 
 
-def _stream(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:
-    """Hooks that give a module its own parameters for the time of its forward pass, and take them away again."""
+def stream_parameters(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:
+    """Hooks that give a module its own parameters for the time of its forward pass, and take them away again.
+
+    Args:
+        name: of the module within the model.
+        module: one of its parts.
+        load: parameter name -> tensor; floating ones become float32.
+
+    Returns:
+        The handles, to be removed after the pass; none for a module without parameters of its own.
+    """
     own = {key: value for key, value in module._parameters.items() if value is not None}
     if not own:
         return []

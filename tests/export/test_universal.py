@@ -104,7 +104,7 @@ def test_lowering_leaves_no_marker_where_the_fused_operators_fit(exported):
     operators = [node.op_type for node in lowered.graph]
     assert not any(node.domain == DOMAIN for node in lowered.graph)
     assert operators.count("GroupQueryAttention") == 2
-    assert operators.count("SkipSimplifiedLayerNormalization") == 3
+    assert operators.count("SkipSimplifiedLayerNormalization") == 4
     assert operators.count("FusedMatMul") == 2 * 5 + 1
     assert not lowered.functions
 
