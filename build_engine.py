@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from zonda import BuildError, ZondaError
+from zonda import BuildError, ParityError, ZondaError
 from zonda.runtime.manifest import Limits
 
 DEFAULT_CAPACITY = 4096
@@ -65,7 +65,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     """
     import torch
 
-    from zonda.export import describe, plan, proof, universal, weights
+    from zonda.export import compare, describe, plan, proof, universal, weights
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
@@ -117,8 +117,15 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 recorded = proof.record(staging, module, checkpoint, load, limits, lowered.packs)
             proven = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
             if estimate.provable:
-                with steps.step("prove the engine against the eager model"):
-                    proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+                try:
+                    with steps.step("prove the engine against the eager model"):
+                        proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+                except ParityError as error:
+                    with steps.step("find where they part"):
+                        prompts = [prompt.tolist() for prompt in recorded.golden.prompts]
+                        spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
+                        finding = compare.locate_in_build(staging, module, load, spec, limits, prompts)
+                    raise compare.explain(error, finding) from error
             if options.reference == "transformers":
                 with steps.step("prove the eager model against transformers"):
                     found = prove_eager(model, checkpoint.source.revision, recorded.golden, THRESHOLDS["float32"])

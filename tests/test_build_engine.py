@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from conftest import build_quietly, write_folder
 
@@ -91,6 +92,32 @@ def test_a_failed_proof_leaves_no_bundle_and_the_old_one_in_place(tiny_folder, t
         build_quietly(tiny_folder, out, overwrite=True)
     assert (out / "SHA256SUMS").read_bytes() == before
     assert left_behind(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("where", ["export", "lowering"])
+def test_a_failed_proof_names_the_first_place(tiny_folder, tmp_path, monkeypatch, where):
+    """eps × 100 in one norm of the exported or of the lowered graph; the shared definition is right."""
+    from zonda.export import universal
+    from zonda.export.lower import onnxruntime as lowering
+
+    room, name, attribute = {
+        "export": (universal, "export_universal", "eps"),
+        "lowering": (lowering, "lower", "epsilon"),
+    }[where]
+    honest = getattr(room, name)
+
+    def plant(given):
+        made = honest(given)
+        graph = (made if where == "export" else made.model).graph
+        norm = next(node for node in graph if "rms_norm_1" in [output.name for output in node.outputs])
+        norm.attributes[attribute] = ir.AttrFloat32(attribute, 100 * norm.attributes[attribute].as_float())
+        return made
+
+    monkeypatch.setattr(room, name, plant)
+    place = rf"First place: {where}: .* layer 0, model\.layers\.0\.post_attention_layernorm: RmsNorm.*; eps is 0\.0001"
+    with pytest.raises(ParityError, match=rf"schedule 'prefill', step 0 .* is allowed.*{place}"):
+        build_quietly(tiny_folder, tmp_path / "out")
+    assert left_behind(tmp_path) == []
 
 
 def test_verify_off_is_recorded(tiny_folder, tmp_path):

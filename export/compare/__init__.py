@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ... import ParityError
 from ...models.architecture import CausalModel
 from ...runtime.engines import onnxruntime as target
 from ...runtime.manifest import Contract, Limits
@@ -22,7 +23,7 @@ from .program import ProgramSubject
 from .steps import make_script, tokens_for
 from .subjects import Subject
 
-__all__ = ["Finding", "Place", "locate_in_build"]
+__all__ = ["Finding", "Place", "explain", "locate_in_build"]
 
 
 def locate_in_build(
@@ -65,3 +66,10 @@ def locate_in_build(
     finally:
         for subject in chain:
             subject.close()
+
+
+def explain(error: ParityError, finding: Finding | None) -> ParityError:
+    """The gate's error with the first place where the chain breaks, in a sentence."""
+    if finding is None:
+        return error
+    return ParityError(f"{error}. First place: {finding.sentence()}")

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
 from support import export_graphs, randomise
 
+from zonda import EngineError, ParityError
 from zonda.export import onnx_files
 from zonda.export.compare import Finding
 from zonda.export.compare.chain import locate
@@ -19,10 +21,14 @@ from zonda.export.compare.graph import GraphSubject
 from zonda.export.compare.program import ProgramSubject
 from zonda.export.compare.steps import make_script, pseudo_random_prompts
 from zonda.export.describe import make_contract
+from zonda.export.proof import run_eager
+from zonda.export.weight_proof import WrittenWeights
 from zonda.models.llama import Llama, LlamaConfig
 from zonda.runtime.engines import onnxruntime as target
+from zonda.runtime.golden import Golden
 from zonda.runtime.manifest import Limits
 from zonda.runtime.metrics import THRESHOLDS
+from zonda.runtime.parity import prove
 
 VOCABULARY = 97
 LIMITS = Limits(capacity=96, max_batch=4, max_chunk=16, vocab_size=VOCABULARY)
@@ -46,10 +52,11 @@ class Unfinished:
     module: torch.nn.Module
     load: Callable[[str], torch.Tensor]
     program: ProgramSubject  # shared by copies, because tracing takes seconds
+    golden: Golden  # of the eager model
 
     def copy(self, to: Path) -> "Unfinished":
         shutil.copytree(self.folder, to)
-        return Unfinished(to, self.module, self.load, self.program)
+        return Unfinished(to, self.module, self.load, self.program, self.golden)
 
     def edit(self, file: str, change: Callable[[onnx.ModelProto], None]) -> None:
         path = self.folder / "onnx" / file
@@ -57,8 +64,32 @@ class Unfinished:
         change(model)
         path.write_bytes(model.SerializeToString())
 
+    def caught(self) -> str | None:
+        """What the gate of a build says: of the weights, the lowered graph, the universal one. None: it passes."""
+        spec = make_contract(self.module.kv_shapes, VOCABULARY)
+        try:
+            packs = {f"{q}.packed": (q, k, v) for q, k, v in self.packed}
+            WrittenWeights(self.folder, packs).finish(self.load)
+            for graph in (onnx_files.LOWERED, onnx_files.UNIVERSAL):
+                engine = target.OnnxRuntimeEngine(self.folder / graph, spec, LIMITS, threads=1)
+                prove(engine, self.golden, THRESHOLDS["float32"])
+        except (ParityError, EngineError) as error:
+            return str(error)
+        return None
+
+    @property
+    def packed(self) -> list[tuple[str, str, str]]:
+        prefixes = (f"model.layers.{layer}.self_attn" for layer in range(CONFIG["num_hidden_layers"]))
+        return [tuple(f"{prefix}.{name}_proj.weight" for name in "qkv") for prefix in prefixes]
+
     def locate(self) -> Finding | None:
-        """As `locate_in_build`, but for the shared trace."""
+        """As `locate_in_build`, but for the shared trace; the gate has to catch what is found, and nothing else."""
+        finding = self._locate()
+        error = self.caught()
+        assert (finding is None) == (error is None), f"gate: {error}; finding: {finding}"
+        return finding
+
+    def _locate(self) -> Finding | None:
         spec = make_contract(self.module.kv_shapes, VOCABULARY)
         model = self.folder / onnx_files.LOWERED
         chain = [
@@ -77,13 +108,17 @@ def export(folder: Path, build: Callable[[LlamaConfig, int], torch.nn.Module] = 
     config = LlamaConfig.read(CONFIG)
     model = build(config, LIMITS.capacity + LIMITS.max_chunk)
     randomise(model)
-    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     module = export_graphs(folder, lambda rows: build(config, rows), weights.__getitem__, LIMITS.capacity + 16)
 
     def load(name):
         return weights[name].detach()
 
-    return Unfinished(folder, module, load, ProgramSubject(module, load))
+    lengths = (6, 15, 27, 36)  # of different lengths, as a build's golden prompts are
+    rows = zip(pseudo_random_prompts(VOCABULARY), lengths, strict=False)
+    prompts = [np.array(prompt[:length]) for prompt, length in rows]
+    golden = run_eager(module, load, prompts)
+    return Unfinished(folder, module, load, ProgramSubject(module, load), golden)
 
 
 def node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:

@@ -28,6 +28,7 @@ def test_a_clean_build_gives_no_finding(exported):
     spec = make_contract(exported.module.kv_shapes, VOCABULARY)
     prompts = pseudo_random_prompts(VOCABULARY)
     assert locate_in_build(exported.folder, exported.module, exported.load, spec, LIMITS, prompts) is None
+    assert exported.caught() is None
 
 
 @pytest.mark.parametrize(
