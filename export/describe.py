@@ -8,6 +8,7 @@ from .. import BuildError, __version__
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
 from ..models.checkpoints.base import Checkpoint
+from ..models.quantize import count_weights
 from ..runtime import contract
 from ..runtime.manifest import (
     SCHEMA,
@@ -91,7 +92,7 @@ def make_manifest(
         name=source.name,
         architecture=architecture,
         source=Source(name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()),
-        parameters=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        parameters=count_weights(module),
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token(shapes),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zonda import CheckpointError
 from zonda.models.checkpoints.base import CheckpointSource, TensorInfo
 from zonda.models.loading import load_weights, match_parameters
+from zonda.models.quantization import BlockQuantized
 
 
 @dataclass
@@ -16,6 +17,7 @@ class Held:
     """A checkpoint in memory."""
 
     held: dict[str, Tensor]
+    quantised: dict[str, BlockQuantized] = field(default_factory=dict)
     kind: str = "normal"
     source: CheckpointSource = CheckpointSource("held", "memory")  # noqa: RUF009
     config: dict = field(default_factory=dict)
@@ -23,10 +25,14 @@ class Held:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype)) for name, t in self.held.items()}
+        floats = {name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype)) for name, t in self.held.items()}
+        return floats | {n: TensorInfo(q.shape, torch.float32, "blocks", q.form) for n, q in self.quantised.items()}
 
     def load(self, name: str) -> Tensor:
-        return self.held[name]
+        return self.quantised[name].dequantize() if name in self.quantised else self.held[name]
+
+    def blocks(self, name: str) -> BlockQuantized | None:
+        return self.quantised.get(name)
 
     def sha256(self) -> dict[str, str]:
         return {}
