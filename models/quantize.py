@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from .checkpoints.base import Checkpoint
-from .layers import BlockQuantizedWeight, Embedding, Linear, QEmbedding, QLinear
+from .layers import BlockQuantizedWeight, Embedding, Linear, QEmbedding, QLinear, RmsNorm
 from .loading import aliases, wanted_tensors
 from .quantization import Form
+
+_CLASSES = {"embedding": (Embedding, QEmbedding), "linear": (Linear, QLinear), "norm": (RmsNorm,)}
 
 
 def quantized_forms(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Form]:
@@ -73,6 +75,16 @@ def count_weights(model: nn.Module) -> int:
             own = {name: parameter for name, parameter in own.items() if name == "bias"}
         counts |= {id(parameter): parameter.numel() for parameter in own.values()}
     return sum(counts.values())
+
+
+def tensor_classes(model: nn.Module) -> dict[str, str]:
+    """What each class of weights is held in: `{"embedding": "8 bits, blocks of 32", "linear": …, "norm": …}`."""
+    held: dict[str, set[str]] = {name: set() for name in _CLASSES}
+    for module in model.modules():
+        for name, types in _CLASSES.items():
+            if isinstance(module, types):
+                held[name].add(str(module.form) if isinstance(module, BlockQuantizedWeight) else "float32")
+    return {name: "; ".join(sorted(forms)) for name, forms in held.items() if forms}
 
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:

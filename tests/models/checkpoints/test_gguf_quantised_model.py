@@ -21,7 +21,7 @@ from zonda.models import layers, registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights, match_parameters
 from zonda.models.quantization import Form
-from zonda.models.quantize import count_weights, quantize_modules, quantized_forms
+from zonda.models.quantize import count_weights, quantize_modules, quantized_forms, tensor_classes
 
 HIDDEN, LAYERS, ROWS = 256, 2, 32  # blocks of the K types are 256 long
 STEPS = [[7, 4], [1, 1], [3, 5]]
@@ -200,6 +200,15 @@ def test_what_has_no_form_stays_in_floats(tmp_path, other):
     assert checkpoint.blocks("model.embed_tokens.weight") is None
     assert checkpoint.blocks("model.norm.weight") is None
     load_weights(module, checkpoint)
+
+
+def test_tensor_classes_say_what_weights_are_held_in(tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", Type.Q6_K, Type.Q4_K, Type.Q8_0, tied=False))
+    floats = {"embedding": "float32", "linear": "float32", "norm": "float32"}
+    assert tensor_classes(build(checkpoint)) == floats
+    linear = "4 bits, blocks of 32, offsets; 8 bits, blocks of 16; 8 bits, blocks of 32"
+    held = {"embedding": "8 bits, blocks of 16", "linear": linear, "norm": "float32"}
+    assert tensor_classes(build_quantised(checkpoint)) == held
 
 
 def test_biases_stay_and_are_added(tmp_path):
