@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
@@ -112,21 +111,27 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         with steps.step("check the graphs"):
             files.check(staging)
         files.write_texts(staging, checkpoint)
-        parity = proof.unproven("off", "the build was told --verify off")
+        proven = proof.unproven("off", "the build was told --verify off")
         if options.verify != "off":
             with steps.step("run the eager model"):
                 recorded = proof.record(staging, module, checkpoint, load, limits, lowered.packs)
-            parity = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
+            proven = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
             if estimate.provable:
                 with steps.step("prove the engine against the eager model"):
-                    parity = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+                    proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
             if options.reference == "transformers":
                 with steps.step("prove the eager model against transformers"):
-                    proven = prove_eager(model, checkpoint.source.revision, recorded.golden, THRESHOLDS["float32"])
-                    parity = msgspec.structs.replace(parity, reference_proof=proven)
+                    found = prove_eager(model, checkpoint.source.revision, recorded.golden, THRESHOLDS["float32"])
+                    proven = proven.with_reference(found)
         with steps.step("seal the bundle"):
             manifest = describe.make_manifest(
-                checkpoint, architecture.names[0], module, limits, parity, list_files(staging)
+                checkpoint,
+                architecture.names[0],
+                module,
+                limits,
+                proven.target,
+                proven.universal,
+                list_files(staging),
             )
             seal(staging, manifest)
     return output

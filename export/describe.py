@@ -71,6 +71,7 @@ def make_manifest(
     module: CausalModel,
     limits: Limits,
     parity: Parity,
+    universal: Parity | None,
     files: Mapping[str, int],
 ) -> Manifest:
     """The manifest of a bundle with the ONNX Runtime target."""
@@ -100,6 +101,7 @@ def make_manifest(
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
         targets=(target,),
         files=dict(files),
+        universal=universal,
     )
 
 

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
@@ -27,11 +27,11 @@ from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
 from ..models.loading import with_floats
 from ..runtime.golden import GOLDEN, Golden
-from ..runtime.manifest import Limits, Parity, WeightReport
+from ..runtime.manifest import Limits, Parity, ReferenceReport, WeightReport
 from ..runtime.metrics import Thresholds
 from ..runtime.parity import ProofRequest
 from .describe import make_contract
-from .onnx_files import LOWERED
+from .onnx_files import LOWERED, UNIVERSAL
 from .weight_proof import WrittenWeights
 
 _TEXTS = (
@@ -57,9 +57,21 @@ class Recorded:
     weights: WeightReport
 
 
-def unproven(status: Literal["pending", "off"], reason: str, weights: WeightReport | None = None) -> Parity:
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Records for the manifest: of the target, and of the universal graph (None if it was not made)."""
+
+    target: Parity
+    universal: Parity | None = None
+
+    def with_reference(self, report: ReferenceReport) -> Self:
+        """With the proof of the eager model itself."""
+        return replace(self, target=msgspec.structs.replace(self.target, reference_proof=report))
+
+
+def unproven(status: Literal["pending", "off"], reason: str, weights: WeightReport | None = None) -> Proof:
     """The record of a proof that was not made."""
-    return Parity(status=status, reason=reason, weights=weights)
+    return Proof(Parity(status=status, reason=reason, weights=weights))
 
 
 def record(
@@ -102,17 +114,20 @@ def record(
     return Recorded(golden, written.finish(load))
 
 
-def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, thresholds: Thresholds) -> Parity:
-    """Hold the ONNX Runtime engine that lies in `staging` to what was recorded, in a process of its own.
+def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, thresholds: Thresholds) -> Proof:
+    """Hold the graphs in `staging`, run by ONNX Runtime, to what was recorded, in a process of its own.
 
     Raises:
-        ParityError: the engine computes something else, or died.
+        ParityError: one of them computes something else, or the process died.
     """
     spec = make_contract(module.kv_shapes, limits.vocab_size)
     with tempfile.TemporaryDirectory(prefix="zonda-proof-") as scratch:
         folder = Path(scratch)
         recorded.golden.save(folder / GOLDEN)
-        request = ProofRequest(str(staging / LOWERED), spec, limits, str(folder / GOLDEN), thresholds.name)
+        longest = max(len(prompt) for prompt in recorded.golden.prompts)
+        tight = msgspec.structs.replace(limits, capacity=longest)  # bodies compute over the whole capacity
+        graphs = {"onnxruntime": (str(staging / LOWERED), limits), "universal": (str(staging / UNIVERSAL), tight)}
+        request = ProofRequest(graphs, spec, str(folder / GOLDEN), thresholds.name)
         (folder / "request.json").write_bytes(msgspec.json.encode(request))
         command = [sys.executable, "-m", "zonda.runtime.parity", str(folder / "request.json")]
         result = subprocess.run(command, capture_output=True, check=False)
@@ -120,8 +135,9 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
         words = result.stderr.decode(errors="replace").strip()
         died = "" if result.returncode == 1 else f"the engine died (exit status {result.returncode}): "
         raise ParityError(f"{died}{words[-2000:]}")
-    parity = msgspec.json.decode(result.stdout, type=Parity)
-    return msgspec.structs.replace(parity, weights=recorded.weights)
+    proven = msgspec.json.decode(result.stdout, type=dict[str, Parity])
+    weights = recorded.weights
+    return Proof(*(msgspec.structs.replace(proven[name], weights=weights) for name in ("onnxruntime", "universal")))
 
 
 def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[NDArray[np.int64]]:

@@ -55,7 +55,7 @@ def export_universal(model: CausalModel) -> ir.Model:
         The graph; parameters are initialisers named as in `model.state_dict()`, without data.
     """
     register_schemas(MARKERS)
-    program = _run_exporter(model)
+    program = _run_exporter(model).model
     graph = program.graph
     for value in graph.initializers.values():
         if value.name is not None and value.name.startswith("inner."):
@@ -72,7 +72,20 @@ def export_universal(model: CausalModel) -> ir.Model:
     return program
 
 
-def _run_exporter(model: CausalModel) -> ir.Model:
+def trace(model: CausalModel) -> torch.export.ExportedProgram:
+    """The traced program that the universal graph is made of; its nodes bear the names of the graph's values.
+
+    Args:
+        model: as of `export_universal`.
+    """
+    register_schemas(MARKERS)
+    program = _run_exporter(model).exported_program
+    if program is None:
+        raise AssertionError("torch.onnx.export kept no program")
+    return program
+
+
+def _run_exporter(model: CausalModel) -> torch.onnx.ONNXProgram:
     batch, sequence, capacity, num_logits = 2, 3, 8, 4  # distinct, so that no two dimensions are taken for one
 
     def example(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -108,7 +121,7 @@ def _run_exporter(model: CausalModel) -> ir.Model:
         )
     if program is None:
         raise AssertionError("torch.onnx.export returned no program")
-    return program.model
+    return program
 
 
 def _attach_bodies(program: ir.Model) -> None:

@@ -36,7 +36,7 @@ class WrittenWeights:
         self._compared = 0
         lowered, file = _places(staging / LOWERED)
         for name, place in lowered.items():
-            members = [self._places[member] for member in packs.get(name, (name,))]
+            members = [self._places.get(member, (-1, 0)) for member in packs.get(name, (name,))]
             ends = [start + size for start, size in members]
             joined = (members[0][0], sum(size for _, size in members))
             if file != self._file or place != joined or ends[:-1] != [start for start, _ in members[1:]]:

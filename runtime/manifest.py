@@ -142,7 +142,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`manifest.json`. files: every other file of the bundle but SHA256SUMS, with its size in bytes."""
+    """`manifest.json`. files: every other file of the bundle but SHA256SUMS, with its size in bytes.
+
+    universal: the proof of the universal graph on plain ONNX Runtime, which no target need run.
+    """
 
     schema: int
     zonda_version: str
@@ -158,6 +161,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     targets: tuple[Target, ...]
     files: dict[str, int]
+    universal: Parity | None = None
 
 
 class _Versioned(msgspec.Struct):

@@ -21,11 +21,10 @@ from .schedules import Schedule, quick_schedules, schedules
 
 
 class ProofRequest(msgspec.Struct, frozen=True):
-    """What to prove: an ONNX Runtime graph by its path, how to drive it, and what it should give."""
+    """What to prove: graphs for ONNX Runtime by name, with path and limits, and what they should give."""
 
-    model: str
+    graphs: dict[str, tuple[str, Limits]]
     contract: Contract
-    limits: Limits
     golden: str
     thresholds: str
 
@@ -111,16 +110,14 @@ def _step(
     ids = np.zeros((batch, width), np.int64)
     for b, row in enumerate(schedule.rows):
         ids[b, : lens[b]] = golden.prompts[row][offsets[b] : offsets[b] + lens[b]]
-    positions = np.arange(width)[None].repeat(batch, 0)
+    if schedule.last_only:
+        positions = np.maximum(lens - 1, 0)[:, None].astype(np.int64)  # (B, 1)
+    else:
+        positions = np.arange(width)[None].repeat(batch, 0)
     logits = engine.step(cache, schedule.first_row, ids, offsets, lens, positions)
-    starts = golden.starts
-    tokens = [
-        starts[row] + offset + k
-        for row, offset, length in zip(schedule.rows, offsets.tolist(), lens.tolist(), strict=True)
-        for k in range(length)
-    ]
-    valid = np.arange(width)[None] < lens[:, None]
-    return logits[valid], np.array(tokens, np.intp)
+    starts = np.array(golden.starts)[list(schedule.rows)]
+    valid = (positions < lens[:, None]) & (lens[:, None] > 0)
+    return logits[valid], ((starts + offsets)[:, None] + positions)[valid].astype(np.intp)
 
 
 def _breach(
@@ -198,17 +195,21 @@ def _report(name: str, found: Sequence[_Found]) -> ScheduleReport:
 
 
 def main(request_file: str) -> int:
-    """Prove what a JSON `ProofRequest` asks; the record goes to standard output, an error and status 1 elsewhere."""
+    """Prove what a JSON `ProofRequest` asks; the records go to standard output, an error and status 1 elsewhere."""
     from .engines.onnxruntime import OnnxRuntimeEngine
 
     request = msgspec.json.decode(Path(request_file).read_bytes(), type=ProofRequest)
-    try:
-        engine = OnnxRuntimeEngine(Path(request.model), request.contract, request.limits)
-        parity = prove(engine, Golden.read(Path(request.golden)), THRESHOLDS[request.thresholds])
-    except ZondaError as error:
-        print(error, file=sys.stderr)
-        return 1
-    sys.stdout.buffer.write(msgspec.json.encode(parity))
+    golden, proven = Golden.read(Path(request.golden)), {}
+    for name, (model, limits) in request.graphs.items():
+        try:
+            engine = OnnxRuntimeEngine(Path(model), request.contract, limits)
+            proven[name] = prove(engine, golden, THRESHOLDS[request.thresholds])
+            engine.close()
+            del engine  # its memory, before the next one is opened
+        except ZondaError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+    sys.stdout.buffer.write(msgspec.json.encode(proven))
     return 0
 
 

@@ -17,13 +17,15 @@ DECODED = 4
 class Schedule:
     """rows: the prompts that take part, in the order of their cache rows. steps: new tokens of each row, a step.
 
-    first_row: the cache row of the first of them. Each row's tokens add up to its prompt.
+    first_row: the cache row of the first of them. last_only: logits of each row's last new token only, as generation
+    asks for them; else of all. Each row's tokens add up to its prompt.
     """
 
     name: str
     rows: tuple[int, ...]
     steps: tuple[tuple[int, ...], ...]
     first_row: int = 0
+    last_only: bool = False
 
 
 def schedules(lengths: Sequence[int], limits: Limits) -> list[Schedule]:
@@ -46,7 +48,7 @@ def schedules(lengths: Sequence[int], limits: Limits) -> list[Schedule]:
     plans.append(Schedule("decode", (short,), _steps([[1] * lengths[short]])))
     if rows > 1:
         ragged = [_prefill_then_decode(lengths[row], limits.max_chunk) for row in batch]
-        plans.append(Schedule("ragged batch", batch, _steps(ragged)))
+        plans.append(Schedule("ragged batch", batch, _steps(ragged), last_only=True))
         woven = [_continued(lengths[row], limits.max_chunk, start) for start, row in enumerate(batch)]
         plans.append(Schedule("continuation with idle rows", batch, _steps(woven)))
     else:

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from ...runtime import contract
 from ..functions import DOMAIN
-from .rewrite import MICROSOFT, clean, extent, insert, producer, replace
+from .gather_early import gather_early
+from .rewrite import MICROSOFT, clean, drop_unused, extent, insert, producer, replace
 
 # What GroupQueryAttention asks of head_dim, and more if it is to rotate.
 _HEAD_DIM_MULTIPLE = 8
@@ -36,6 +37,8 @@ def lower(universal: ir.Model) -> Lowered:
     fuse_linears(model.graph)
     fuse_attention(model.graph)
     pack_projections(model.graph, packs)
+    drop_unused(model)
+    gather_early(model.graph)
     fuse_norms(model.graph)
     clean(model)
     return Lowered(model, packs)

@@ -45,9 +45,14 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
+def drop_unused(model: ir.Model) -> None:
+    """Drop nodes and initialisers that nothing uses: what a rewriting replaced still reads its inputs."""
+    common_passes.RemoveUnusedNodesPass()(model)
+
+
 def clean(model: ir.Model) -> None:
     """Drop nodes, initialisers, functions and opsets that nothing uses any more, and name what is left by place."""
-    common_passes.RemoveUnusedNodesPass()(model)
+    drop_unused(model)
     common_passes.RemoveUnusedFunctionsPass()(model)
     common_passes.TopologicalSortPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
