@@ -8,6 +8,7 @@ from .. import BuildError, __version__
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
 from ..models.checkpoints.base import Checkpoint
+from ..models.quantize import count_weights, tensor_classes
 from ..runtime import contract
 from ..runtime.manifest import (
     SCHEMA,
@@ -92,11 +93,11 @@ def make_manifest(
         name=source.name,
         architecture=architecture,
         source=Source(name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()),
-        parameters=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        parameters=count_weights(module),
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token(shapes),
-        quantization={"embedding": "float32", "linear": "float32", "norm": "float32", "kv": "float32"},
+        quantization=tensor_classes(module) | {"kv": "float32"},
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
         targets=(target,),
         files=dict(files),

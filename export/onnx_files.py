@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import BuildError
 from ..models.checkpoints.base import Checkpoint
+from ..models.loading import parameter_source
 from .functions import MARKERS, register_schemas
 from .weights import Layout, attach, missing_data, write_weights
 
@@ -23,15 +24,18 @@ WEIGHTS = f"{DIRECTORY}/weights.bin"
 def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str], Tensor]:
     """A function: initialiser name -> tensor, from the checkpoint or, for RoPE tables, from the module.
 
+    Codes, scales and offsets of a block-quantised module come as the checkpoint stores them.
+
     Args:
         module: built on the meta device; its tables are real.
         checkpoint: where parameters come from.
         names: parameter name -> checkpoint tensor name.
     """
     buffers = dict(module.named_buffers(remove_duplicate=False))
+    parameters = parameter_source(checkpoint, names)
 
     def load(name: str) -> Tensor:
-        return buffers[name] if name in buffers else checkpoint.load(names[name])
+        return buffers[name] if name in buffers else parameters(name)
 
     return load
 

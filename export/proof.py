@@ -25,6 +25,7 @@ from .. import BuildError, ParityError
 from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
+from ..models.loading import with_floats
 from ..runtime.golden import GOLDEN, Golden
 from ..runtime.manifest import Limits, Parity, ReferenceReport, WeightReport
 from ..runtime.metrics import Thresholds
@@ -185,7 +186,7 @@ def stream_parameters(name: str, module: CausalModel, load: Callable[[str], Tens
 
     def fill(target: nn.Module, _: object) -> None:
         for key in own:
-            target._parameters[key] = nn.Parameter(load(f"{name}.{key}").float(), requires_grad=False)
+            target._parameters[key] = nn.Parameter(with_floats(load(f"{name}.{key}")), requires_grad=False)
 
     def drop(target: nn.Module, _: object, __: object) -> None:
         target._parameters.update(own)

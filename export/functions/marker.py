@@ -28,7 +28,8 @@ _TYPE_VARIABLES = {
     "TS": _FLOATS,
     "I32": ["tensor(int32)"],
     "I64": ["tensor(int64)"],
-    "Q": ["tensor(int8)", "tensor(int4)", "tensor(uint8)"],
+    "I8": ["tensor(int8)"],
+    "U8": ["tensor(uint8)"],
 }
 
 InferShapes = Callable[[Any], None]
