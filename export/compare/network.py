@@ -18,7 +18,14 @@ from ..functions import DOMAIN, MARKERS
 
 _LAYER = re.compile(r"^(.*?\.(\d+))(?:\.|$)")
 _LINEAR = ("MatMul", "FusedMatMul", "Gemm", "QLinear", "MatMulNBits")
-_LEAVES = ("Linear", "Embedding", "RmsNorm", "QRmsNorm", "QLinear")  # markers that are a module of their own
+_LEAVES = (
+    "Linear",
+    "Embedding",
+    "RmsNorm",
+    "QRmsNorm",
+    "QLinear",
+    "QEmbedding",
+)  # markers that are a module of their own
 _SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _SETTINGS = {  # attribute -> the markers' name for it
     **{name: name for name in ("eps", "interleaved", "scale", "softcap", "window")},

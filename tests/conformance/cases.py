@@ -304,13 +304,40 @@ def q_linear(draw: Any) -> Case:
     block = draw(st.sampled_from([2, 4, 16, 32] if bits == 4 else [1, 3, 4, 16, 32]))
     rows, blocks = draw(st.sampled_from([1, 5, 16, 33])), draw(st.integers(1, 4))
     stored_as = draw(STORED_AS)
-    limit = 2 ** (bits - 1)
-    scales = rng.uniform(0.5, 1.5, (rows, blocks)) / limit * rng.choice([1, -1], (rows, blocks))
     inputs = {
         "x": rng.normal(size=(*draw(_leading()), blocks * block)) * 10 ** rng.uniform(-2, 1),
-        "codes": rng.integers(-limit, limit, (rows, blocks * block)).astype(np.int8),
-        "scales": scales.astype(stored_as),
+        "codes": _codes(rng, rows, blocks * block, bits),
+        "scales": _scales(rng, rows, blocks, bits).astype(stored_as),
         "offsets": rng.normal(size=(rows, blocks)).astype(stored_as) if draw(st.booleans()) else None,
     }
     calls = (Call("QLinear", tuple(inputs), ("y",)),)
     return Case(calls, ("y",), inputs, {"bits": bits, "block_size": block})
+
+
+@st.composite
+def q_embedding(draw: Any) -> Case:
+    """4 and 8 bits, with and without offsets; tokens of a ragged batch, some of them twice."""
+    rng = draw(_random())
+    bits = draw(st.sampled_from([4, 8]))
+    block = draw(st.sampled_from([2, 4, 16, 32] if bits == 4 else [1, 3, 4, 16, 32]))
+    rows, blocks = draw(st.sampled_from([1, 5, 33])), draw(st.integers(1, 4))
+    inputs = {
+        "input_ids": rng.integers(0, rows, (draw(st.integers(1, 3)), draw(st.integers(1, 7)))),
+        "codes": _codes(rng, rows, blocks * block, bits),
+        "scales": _scales(rng, rows, blocks, bits),
+        "offsets": rng.normal(size=(rows, blocks)) if draw(st.booleans()) else None,
+    }
+    calls = (Call("QEmbedding", tuple(inputs), ("y",)),)
+    return Case(calls, ("y",), inputs, {"bits": bits, "block_size": block})
+
+
+def _codes(rng: np.random.Generator, rows: int, columns: int, bits: int) -> np.ndarray:
+    """(rows, columns * bits / 8) uint8: all values, packed, the first code in the low bits."""
+    codes = rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8)
+    return codes if bits == 8 else codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _scales(rng: np.random.Generator, rows: int, blocks: int, bits: int) -> np.ndarray:
+    """Weights of about 1, of either sign."""
+    signs = rng.choice([1, -1], (rows, blocks))
+    return np.asarray(rng.uniform(0.5, 1.5, (rows, blocks)) / 2 ** (bits - 1) * signs)

@@ -40,14 +40,6 @@ def _cached_attention(inputs: Tensors, a: dict[str, Any]) -> Tensors:
     return (ops.cached_attention(*inputs, a["num_heads"], a["scale"], a["window"], a["softcap"]),)
 
 
-def _q_linear(inputs: Tensors, a: dict[str, Any]) -> Tensors:
-    x, codes, scales, offsets = inputs
-    if a["bits"] == 4:
-        nibbles = codes.numpy().astype(np.uint8) & 0xF
-        codes = torch.from_numpy(nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
-    return (ops.q_linear(x, codes, scales, offsets, a["bits"], a["block_size"]),)
-
-
 EAGER: dict[str, Callable[[Tensors, dict[str, Any]], Tensors]] = {
     "Add": lambda inputs, _: (inputs[0] + inputs[1],),
     "RmsNorm": lambda inputs, a: (ops.rms_norm(*inputs, a["eps"]),),
@@ -55,7 +47,8 @@ EAGER: dict[str, Callable[[Tensors, dict[str, Any]], Tensors]] = {
     "RoPE": _rope,
     "KvCacheUpdate": lambda inputs, _: (ops.kv_cache_update(*inputs),),
     "CachedAttention": _cached_attention,
-    "QLinear": _q_linear,
+    "QLinear": lambda inputs, a: (ops.q_linear(*inputs, a["bits"], a["block_size"]),),
+    "QEmbedding": lambda inputs, a: (ops.q_embedding(*inputs, a["bits"], a["block_size"]),),
 }
 """Operator of a call -> its torch op: inputs as tensors and None, attributes by ONNX name."""
 
@@ -112,13 +105,14 @@ def universal(case: Case) -> onnx.ModelProto:
         node.overload = overload
         nodes.append(node)
     given = {name: array for name, array in case.inputs.items() if array is not None}
-    float_type = helper.np_dtype_to_tensor_dtype(next(iter(given.values())).dtype)
+    floats = (array.dtype for array in given.values() if array.dtype in DTYPES.values())
+    float_type = helper.np_dtype_to_tensor_dtype(next(floats))
     graph = helper.make_graph(
         nodes,
         "case",
         [_declare(case, name, array) for name, array in given.items() if name not in STORED],
         [helper.make_tensor_value_info(name, float_type, None) for name in case.results],
-        [_constant(case, name, array) for name, array in given.items() if name in STORED],
+        [onnx.numpy_helper.from_array(array, name) for name, array in given.items() if name in STORED],
     )
     imports = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, opset_imports=imports, functions=list(functions.values()), ir_version=IR_VERSION)
@@ -143,12 +137,6 @@ def _body(name: str, overload: str) -> onnx.FunctionProto:
 def _declare(case: Case, name: str, array: np.ndarray) -> onnx.ValueInfoProto:
     shape = case.shapes.get(name, [f"{name}_{axis}" for axis in range(array.ndim)])
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), shape)
-
-
-def _constant(case: Case, name: str, array: np.ndarray) -> onnx.TensorProto:
-    if name == "codes" and case.attributes.get("bits") == 4:
-        return helper.make_tensor(name, onnx.TensorProto.INT4, array.shape, array.flatten().tolist())
-    return onnx.numpy_helper.from_array(array, name)
 
 
 @functools.lru_cache(maxsize=512)

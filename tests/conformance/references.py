@@ -181,12 +181,27 @@ def rope_kv_cache_attention(inputs: Inputs, attributes: Attributes) -> Reference
 
 
 def q_linear(inputs: Inputs, attributes: Attributes) -> Reference:
-    """y_n = Σ_k x_k w_nk, w_nk = codes_nk · scales_nb + offsets_nb with b = k // block_size; magnitude Σ |x| (|c s| + |o|)."""
-    x, codes, scales, offsets = inputs["x"], inputs["codes"], inputs["scales"], inputs["offsets"]
-    weight, bound = np.zeros(codes.shape), np.zeros(codes.shape)
-    for n, k in np.ndindex(codes.shape):
-        block = k // attributes["block_size"]
-        part = float(codes[n, k]) * scales[n, block]
-        offset = 0.0 if offsets is None else offsets[n, block]
-        weight[n, k], bound[n, k] = part + offset, abs(part) + abs(offset)
+    """y_n = Σ_k x_k w_nk with w of `_weights`; magnitude Σ |x| (|c s| + |o|)."""
+    weight, bound = _weights(inputs, attributes)
+    x = inputs["x"]
     return {"y": Expected(np.einsum("...k,nk->...n", x, weight), np.einsum("...k,nk->...n", np.abs(x), bound))}
+
+
+def q_embedding(inputs: Inputs, attributes: Attributes) -> Reference:
+    """y = rows of w; magnitude |c s| + |o|."""
+    weight, bound = _weights(inputs, attributes)
+    return {"y": Expected(weight[inputs["input_ids"]], bound[inputs["input_ids"]])}
+
+
+def _weights(inputs: Inputs, attributes: Attributes) -> tuple[np.ndarray, np.ndarray]:
+    """w_nk = (code_nk - 2^(bits - 1)) · scales_nb + offsets_nb, b = k // block_size, two 4-bit codes a byte; magnitude."""
+    stored, scales, offsets = inputs["codes"], inputs["scales"], inputs["offsets"]
+    bits, size = attributes["bits"], attributes["block_size"]
+    weight = np.zeros((len(stored), scales.shape[1] * size))
+    bound = np.zeros(weight.shape)
+    for n, k in np.ndindex(weight.shape):
+        code = int(stored[n, k * bits // 8]) >> (4 * (k % 2) if bits == 4 else 0) & (2**bits - 1)
+        part = (code - 2 ** (bits - 1)) * scales[n, k // size]
+        offset = 0.0 if offsets is None else offsets[n, k // size]
+        weight[n, k], bound[n, k] = part + offset, abs(part) + abs(offset)
+    return weight, bound

@@ -18,6 +18,7 @@ from onnx import helper
 EXAMPLES = 25
 
 IDLE_INPUT = {
+    ("QEmbedding", 0): 2,
     ("RoPE", 1): 1,
     ("GroupQueryAttention", 1): 3,
     ("GroupQueryAttention", 2): 4,

@@ -61,6 +61,25 @@ def test_tables_of_another_theta_in_the_lowering(unfinished):
     assert {place.marker for place in found.also} == {"RoPE"}
 
 
+@pytest.mark.parametrize(
+    ("file", "operator", "name", "stage"),
+    [
+        (UNIVERSAL, "RoPE", "interleaved", "export"),
+        (LOWERED, "GroupQueryAttention", "rotary_interleaved", "lowering"),
+    ],
+    ids=["export", "lowering"],
+)
+def test_pairs_that_are_interleaved_instead_of_half_split(unfinished, file, operator, name, stage):
+    def change(model):
+        _, second = (n for n in model.graph.node if n.op_type == operator)
+        attribute(second, name).i = 1
+
+    unfinished.edit(file, change)
+    found = unfinished.locate()
+    assert (found.stage, found.layer, found.marker) == (stage, 1, "RoPE")
+    assert found.explanation == "interleaved is 1 instead of 0"
+
+
 def test_a_scaled_weight_block(unfinished):
     model = onnx.load(unfinished.folder / "onnx" / UNIVERSAL, load_external_data=False)
     name = "model.layers.1.mlp.up_proj.weight"
