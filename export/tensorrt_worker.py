@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -18,14 +19,18 @@ import numpy as np
 
 from .. import BuildError, ZondaError
 from ..plugins_trt import CubinLibrary, load, register
+from ..plugins_trt.cuda import CudaDriver
 from ..plugins_trt.registry import Registration
 from .tensorrt_request import Profile, Report, Request
 
 
 class Log:
-    """TensorRT's messages: all in a file as they come, warnings and errors also kept, each once."""
+    """TensorRT's messages: all in a file as they come, warnings and errors also kept, each once.
 
-    def __init__(self, trt: ModuleType, file: TextIO) -> None:
+    folder: of the graph; the bundle keeps the file, and should not tell where on the build host it was built.
+    """
+
+    def __init__(self, trt: ModuleType, file: TextIO, folder: Path) -> None:
         self.warnings: list[str] = []
         self.errors: list[str] = []
         self.messages: list[str] = []
@@ -41,6 +46,7 @@ class Log:
             def log(self, severity: Any, message: str) -> None:
                 if severity == trt.ILogger.VERBOSE:
                     return
+                message = message.replace(f"{folder}/", "")
                 file.write(f"{severity.name}: {message}\n")
                 file.flush()  # the process may die at the next message
                 outer.messages.append(message)
@@ -93,6 +99,7 @@ def build(trt: ModuleType, request: Request, log: Log) -> Report:
             plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise BuildError(f"TensorRT built no plan: {'; '.join(log.errors) or 'it gave no reason'}")
+        check_device(trt, request.capabilities)
         size = Path(request.plan).write_bytes(memoryview(plan))
         check_plan(request)
         return Report(
@@ -152,6 +159,20 @@ def set_capabilities(trt: ModuleType, config: Any, capabilities: tuple[int, ...]
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
 
 
+def check_device(trt: ModuleType, capabilities: tuple[int, ...], driver: Callable[[], CudaDriver] = CudaDriver) -> None:
+    """A plan of TensorRT is for the GPU on which it was built, whatever was asked for.
+
+    Raises:
+        BuildError: that is another one.
+        EngineError: the GPU cannot be asked.
+    """
+    if hasattr(trt, "ComputeCapability"):
+        return
+    found = driver().capability()
+    if capabilities != (found,):
+        raise BuildError(f"TensorRT builds for this host's GPU only: pass --compute-capability {found}")
+
+
 def check_layers(plugins: list[str], kinds: Counter[str], request: Request) -> None:
     """Every marker node became a plugin, and every write to a cache happens in place.
 
@@ -192,7 +213,7 @@ def main(request_file: str, report_file: str) -> int:
     try:
         trt = load(request.module)
         with Path(request.log).open("w", encoding="utf-8") as file:
-            report = build(trt, request, Log(trt, file))
+            report = build(trt, request, Log(trt, file, Path(request.onnx).parent))
     except ZondaError as error:
         print(error, file=sys.stderr)
         return 1
