@@ -276,3 +276,25 @@ def test_importing_the_builder_imports_no_tensorrt():
 def test_every_plugin_has_a_name_for_the_command_line():
     assert parse_plugins("all") == tuple(PLUGINS)
     assert msgspec.json.encode(make_profiles(LIMITS))
+
+
+@needs_rtx
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_block_quantised_linears_stay_quantised(tmp_path, kernel_cache, bits, offsets):
+    def quantised(rows: int) -> Llama:
+        made = Llama(CONFIG, rows)
+        made.model.layers[1].mlp.up_proj = layers.QLinear(64, 96, bits, 32, offsets=offsets)
+        return made
+
+    with torch.device("meta"):
+        universal = export_universal(quantised(ROWS))
+    model = quantised(ROWS)
+    randomise(model)
+    linear = model.model.layers[1].mlp.up_proj
+    linear.codes.random_(0, 127, generator=torch.Generator().manual_seed(0))
+    linear.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
+    if offsets:
+        linear.offsets.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(2))
+    report = build(write(tmp_path, universal, model, plugins="none"), kernel_cache, (80, 86, 89, 120))
+    assert report.layers["DEQUANTIZE"] == 1
