@@ -40,12 +40,15 @@ def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str,
     return load
 
 
-def write(staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]) -> None:
-    """Write the weight file and both graphs; tensors go one by one, as `as_stored` says."""
+def write(
+    staging: Path, universal: ir.Model, lowered: ir.Model | None, layout: Layout, load: Callable[[str], Tensor]
+) -> None:
+    """Write the weight file and the graphs; tensors go one by one, as `as_stored` says."""
     (staging / DIRECTORY).mkdir()
 
     write_weights(staging / WEIGHTS, layout, missing_data(universal), lambda name: as_stored(load(name)))
-    for model, file in ((universal, UNIVERSAL), (lowered, LOWERED)):
+    graphs = {UNIVERSAL: universal} if lowered is None else {UNIVERSAL: universal, LOWERED: lowered}
+    for file, model in graphs.items():
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 

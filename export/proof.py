@@ -74,6 +74,13 @@ def unproven(status: Literal["pending", "off"], reason: str, weights: WeightRepo
     return Proof(Parity(status=status, reason=reason, weights=weights))
 
 
+def unproven_target(verify: str) -> Parity:
+    """The record of a TensorRT target: a build never runs its plan, which may be of another GPU or of none here."""
+    if verify == "off":
+        return unproven("off", "the build was told --verify off").target
+    return unproven("pending", "a build does not run plans, which need a GPU").target
+
+
 def record(
     staging: Path,
     module: CausalModel,
@@ -126,7 +133,9 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
         recorded.golden.save(folder / GOLDEN)
         longest = max(len(prompt) for prompt in recorded.golden.prompts)
         tight = msgspec.structs.replace(limits, capacity=longest)  # bodies compute over the whole capacity
-        graphs = {"onnxruntime": (str(staging / LOWERED), limits), "universal": (str(staging / UNIVERSAL), tight)}
+        graphs = {"universal": (str(staging / UNIVERSAL), tight)}
+        if (staging / LOWERED).is_file():
+            graphs = {"onnxruntime": (str(staging / LOWERED), limits), **graphs}
         request = ProofRequest(graphs, spec, str(folder / GOLDEN), thresholds.name)
         (folder / "request.json").write_bytes(msgspec.json.encode(request))
         command = [sys.executable, "-m", "zonda.runtime.parity", str(folder / "request.json")]
@@ -136,8 +145,8 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
         died = "" if result.returncode == 1 else f"the engine died (exit status {result.returncode}): "
         raise ParityError(f"{died}{words[-2000:]}")
     proven = msgspec.json.decode(result.stdout, type=dict[str, Parity])
-    weights = recorded.weights
-    return Proof(*(msgspec.structs.replace(proven[name], weights=weights) for name in ("onnxruntime", "universal")))
+    found = {name: msgspec.structs.replace(parity, weights=recorded.weights) for name, parity in proven.items()}
+    return Proof(found.get("onnxruntime", found["universal"]), found["universal"])
 
 
 def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[NDArray[np.int64]]:

@@ -5,6 +5,7 @@ standard operators that any runtime can execute. The node carries `plugin_namesp
 TensorRT takes our plugin when it is registered and the body when it is not.
 """
 
+from .add_rms_norm import ADD_RMS_NORM
 from .cached_attention import CACHED_ATTENTION
 from .kv_cache_update import KV_CACHE_UPDATE
 from .marker import DOMAIN, VERSION, Marker, register_schemas
@@ -24,4 +25,7 @@ MARKERS: tuple[Marker, ...] = (
     Q_EMBEDDING,
 )
 
-__all__ = ["DOMAIN", "MARKERS", "VERSION", "Marker", "register_schemas"]
+LOWERED_MARKERS: tuple[Marker, ...] = (ADD_RMS_NORM,)
+"""What only a lowering makes: no model and no universal graph holds them."""
+
+__all__ = ["DOMAIN", "LOWERED_MARKERS", "MARKERS", "VERSION", "Marker", "register_schemas"]
