@@ -131,7 +131,11 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the bundle. weights: files that are mapped, not hashed, on load."""
+    """One way to run the bundle. weights: files that are mapped, not hashed, on load.
+
+    compute_capabilities: GPUs that a plan was built for, as major * 10 + minor; empty where it does not matter.
+    plugins: operators that run as our plugins. cubins: file of their kernels, empty if there are none.
+    """
 
     name: str
     graphs: tuple[Graph, ...]
@@ -139,6 +143,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     tool_versions: dict[str, str]
     parity: Parity
+    compute_capabilities: tuple[int, ...] = ()
+    plugins: tuple[str, ...] = ()
+    cubins: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from .. import BundleError
 from .bundle import CHECKSUMS, Bundle
 from .engines import Engine
 from .golden import GOLDEN, Golden
+from .gpu import MODULES, find_gpu, installed_version
 from .manifest import Parity, Target
 from .metrics import THRESHOLDS
 from .parity import prove
@@ -117,4 +118,7 @@ def _versions(target: Target) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
+    if target.name in MODULES:
+        gpu = find_gpu()
+        found |= {target.name: installed_version(target.name) or "unknown", "gpu": str(gpu)}
     return found
