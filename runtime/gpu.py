@@ -20,8 +20,7 @@ _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
-_RTX_SINCE = 75
-_NO_RTX = (90, 100)  # data-centre GPUs that TensorRT-RTX does not build for
+_RTX = (75, 80, 86, 89, 120, 121)  # what TensorRT-RTX builds for
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,11 @@ def find_gpu() -> Gpu | str:
     """The first visible GPU, or why there is none; asked once a process."""
     from ..plugins_trt.cuda import CudaDriver
 
+    if not is_installed("cuda"):
+        return "cuda-python is not installed; pip install 'zonda[rtx]' or 'zonda[tensorrt]'"
     try:
         return probe(CudaDriver())
     except EngineError as error:
-        if "cuda-python" in str(error):
-            return "cuda-python is not installed; pip install 'zonda[rtx]' or 'zonda[tensorrt]'"
         return f"this host has no usable NVIDIA GPU ({error}); run it on a host with one and its driver"
 
 
@@ -62,13 +61,18 @@ def probe(driver: Any) -> Gpu:
 def plan_obstacle(target: Target) -> str | None:
     """Why a TensorRT target's plan cannot run on this host, with the nearest fix; None if nothing speaks against it."""
     module = MODULES[target.name]
-    if importlib.util.find_spec(module) is None:
+    if not is_installed(module):
         extra = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}[target.name]
         return f"{module} is not installed; pip install 'zonda[{extra}]'"
     gpu = find_gpu()
     if isinstance(gpu, str):
         return gpu
     return _wrong_gpu(target, gpu) or _wrong_version(target, installed_version(target.name))
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    return importlib.util.find_spec(module) is not None
 
 
 def installed_version(name: str) -> str | None:
@@ -88,7 +92,7 @@ def _wrong_gpu(target: Target, gpu: Gpu) -> str | None:
     fix = f"build again with --target {target.name} --compute-capability {gpu.capability}"
     if target.name == "tensorrt":
         fix = "build again with --target tensorrt on this host"
-    elif gpu.capability in _NO_RTX or gpu.capability < _RTX_SINCE:
+    elif gpu.capability not in _RTX:
         fix = "TensorRT-RTX does not know this GPU: build with --target tensorrt on this host"
     numbers = ", ".join(map(str, built))
     return f"the plan was built for compute capability {numbers}; {gpu.name} here has {gpu.capability}: {fix}"

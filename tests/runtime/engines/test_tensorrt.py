@@ -270,7 +270,7 @@ class TestGraphs:
     def test_a_step_that_tensorrt_refuses_while_capturing_falls_back(self, open_plan, cuda, trt):
         engine = open_plan()
         cache = engine.allocate(1)
-        trt.during_execution.append(lambda context: cuda.capturing is None)
+        trt.during_execution.append(lambda _: cuda.capturing is None)
         for offset in range(3):
             decode(engine, cache, [7], offset)
         assert "TensorRT refused a step" in engine.no_graphs
@@ -528,7 +528,7 @@ class TestPlugins:
     def test_kernels_are_unloaded_with_the_engine(self, open_plan, trt, cuda, kernels):
         engine = open_plan(plugins=self.NODES, engine_options={"cubins": kernels, "plugins": ("RmsNorm",)})
         creator = trt.get_plugin_registry().get_creator("RmsNorm", "1", "zonda")
-        trt.during_execution.append(lambda context: creator.around.launcher().prepare("rms_norm"))
+        trt.during_execution.append(lambda _: creator.around.launcher().prepare("rms_norm"))
         decode(engine, engine.allocate(1), [1], 0)
         assert list(cuda.modules.values()) == [b"image"]
         engine.close()
@@ -539,11 +539,11 @@ class TestPlugins:
         failures = trt.get_plugin_registry().get_creator("RmsNorm", "1", "zonda").around.failures
 
         def fail(context):
-            failures.entries.append(("layers.0.norm", "enqueue", EngineError("no kernel")))
+            failures.entries.append(("layers_0_norm", "enqueue", EngineError("no kernel")))
             return False
 
         trt.during_execution.append(fail)
-        with pytest.raises(EngineError, match="plugin node layers.0.norm: no kernel"):
+        with pytest.raises(EngineError, match="node layers_0_norm: no kernel"):
             decode(engine, engine.allocate(1), [1], 0)
 
     def test_attributes_of_another_build_are_an_error_with_the_node(self, open_plan, kernels):
