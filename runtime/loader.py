@@ -20,13 +20,18 @@ from .bundle import Bundle, open_bundle
 from .chat_template import ChatTemplate
 from .engines import Engine
 from .gpu import MODULES, plan_obstacle
-from .manifest import Limits, Target
+from .manifest import Limits, Parity, Target
 from .pipeline import Pipeline
 from .sampling import SamplingParams
 from .verification import prove_target, remembered
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """Targets from best to most portable."""
+
+CUDA_PROVIDER = "onnxruntime-cuda"
+"""Not a target of its own: the universal graph by ONNX Runtime's CUDA provider, for whoever asks for it."""
+
+_UNIVERSAL = "onnx/universal.onnx"
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +117,8 @@ def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str,
         TargetUnavailableError: none is left.
     """
     targets = bundle.manifest.targets
+    if forced == CUDA_PROVIDER:
+        targets = _universal(bundle)
     order = [t for name in PREFERENCE for t in targets if t.name == name]
     if forced is not None:
         order = [target for target in targets if target.name == forced]
@@ -134,7 +141,7 @@ def obstacle(bundle: Bundle, target: Target, *, forced: bool) -> str | None:
     """Why a target of a bundle cannot be loaded on this host, None if it can; forced: unproven ones may be."""
     if target.name in MODULES:
         reason = plan_obstacle(target)
-    elif target.name != "onnxruntime":
+    elif target.name not in ("onnxruntime", CUDA_PROVIDER):
         reason = "this version of zonda does not know it"
     elif importlib.util.find_spec("onnxruntime") is None:
         reason = "onnxruntime is not installed; pip install 'zonda[cpu]'"
@@ -181,7 +188,22 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
         return TensorRtEngine(trt, bundle.file(file), spec, limits, cubins=kernels, plugins=target.plugins)
     from .engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle.file(file), spec, limits, threads=threads)
+    provider: Literal["cpu", "cuda"] = "cuda" if target.name == CUDA_PROVIDER else "cpu"
+    return OnnxRuntimeEngine(bundle.file(file), spec, limits, threads=threads, provider=provider)
+
+
+def _universal(bundle: Bundle) -> tuple[Target, ...]:
+    """The bundle's ONNX Runtime target, with the universal graph in place of the one lowered for the CPU."""
+    return tuple(
+        msgspec.structs.replace(
+            target,
+            name=CUDA_PROVIDER,
+            graphs=tuple(msgspec.structs.replace(graph, file=_UNIVERSAL) for graph in target.graphs),
+            parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
+        )
+        for target in bundle.manifest.targets
+        if target.name == "onnxruntime" and _UNIVERSAL in bundle.manifest.files
+    )
 
 
 def load_tensorrt(module: str) -> ModuleType:

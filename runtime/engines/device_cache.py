@@ -69,7 +69,8 @@ class DeviceKvCache:
             device.synchronize()
         self.rows = rows
         self.device = device
-        self._layouts = tuple(layouts)
+        self.layouts = tuple(layouts)
+        self.bindings: dict[tuple[int, int], Any] = {}  # an engine's own, by (first row, batch)
         self._bases = [base + place for place in places]
         self._addresses: dict[int, tuple[int, ...]] = {}
 
@@ -77,7 +78,7 @@ class DeviceKvCache:
         """Where a row begins in each state tensor, in the contract's order."""
         found = self._addresses.get(row)
         if found is None:
-            pairs = zip(self._bases, self._layouts, strict=True)
+            pairs = zip(self._bases, self.layouts, strict=True)
             found = self._addresses[row] = tuple(base + row * layout.row_bytes for base, layout in pairs)
         return found
 
@@ -88,7 +89,7 @@ class DeviceKvCache:
         if not length or source == target:
             return
         with self.device.entered():
-            for layout, to, since in zip(self._layouts, self.addresses(target), self.addresses(source), strict=True):
+            for layout, to, since in zip(self.layouts, self.addresses(target), self.addresses(source), strict=True):
                 pitch, width = layout.head_bytes, length * layout.token_bytes
                 self.device.copy_rows(to, pitch, since, pitch, width, layout.heads)
 
@@ -97,10 +98,10 @@ class DeviceKvCache:
         self._check(row, length)
         arrays = [
             np.empty((layout.heads, length, layout.dim), "uint16" if layout.dtype == "bfloat16" else layout.dtype)
-            for layout in self._layouts
+            for layout in self.layouts
         ]
         with self.device.entered():
-            for layout, array, since in zip(self._layouts, arrays, self.addresses(row), strict=True):
+            for layout, array, since in zip(self.layouts, arrays, self.addresses(row), strict=True):
                 width = length * layout.token_bytes
                 if length:
                     to = array.ctypes.data
@@ -108,11 +109,11 @@ class DeviceKvCache:
             self.device.synchronize()
         return [
             (array.astype(np.uint32) << 16).view(np.float32) if layout.dtype == "bfloat16" else array
-            for layout, array in zip(self._layouts, arrays, strict=True)
+            for layout, array in zip(self.layouts, arrays, strict=True)
         ]
 
     def _check(self, row: int, length: int) -> None:
         if not 0 <= row < self.rows:
             raise CapacityError(f"row {row} of a cache of {self.rows}")
-        if not 0 <= length <= min(layout.positions for layout in self._layouts):
-            raise EngineError(f"{length} tokens of a row that holds {self._layouts[0].positions}")
+        if not 0 <= length <= min(layout.positions for layout in self.layouts):
+            raise EngineError(f"{length} tokens of a row that holds {self.layouts[0].positions}")
