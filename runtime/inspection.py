@@ -32,7 +32,7 @@ def inspection_page(bundle: Bundle) -> RenderableType:
         facts.add_row(f"[bold]{name}[/bold]", value)
     targets = Table("target", "dtype", "size", "proof", "on this host")
     for target in manifest.targets:
-        files = {graph.file for graph in target.graphs} | set(target.weights) | ({target.cubins} - {""})
+        files = {graph.file for graph in target.graphs} | set(target.weights) | ({target.kernels} - {""})
         size = _size(sum(manifest.files[name] for name in files))
         targets.add_row(target.name, _form(target), size, _proof(target.parity), escape(on_this_host(bundle, target)))
     proofs = [_parity_table(t.name, t.parity) for t in manifest.targets if t.parity.schedules]
@@ -51,7 +51,7 @@ def _form(target: Target) -> str:
     if target.compute_capabilities:
         words.append("for SM " + ", ".join(map(str, target.compute_capabilities)))
     if target.plugins:
-        words.append("plugins " + ", ".join(target.plugins))
+        words.append("plugins " + ", ".join(f"{name} ×{count}" for name, count in target.plugins.items()))
     return "\n".join(words)
 
 

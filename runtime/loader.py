@@ -183,9 +183,9 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
     if target.name in MODULES:
         from .engines.tensorrt import TensorRtEngine
 
-        kernels = bundle.file(target.cubins).read_bytes() if target.cubins else None
+        kernels = bundle.file(target.kernels).read_bytes() if target.kernels else None
         trt = load_tensorrt(MODULES[target.name])
-        return TensorRtEngine(trt, bundle.file(file), spec, limits, cubins=kernels, plugins=target.plugins)
+        return TensorRtEngine(trt, bundle.file(file), spec, limits, cubins=kernels, plugins=tuple(target.plugins))
     from .engines.onnxruntime import OnnxRuntimeEngine
 
     provider: Literal["cpu", "cuda"] = "cuda" if target.name == CUDA_PROVIDER else "cpu"

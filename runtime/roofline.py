@@ -7,12 +7,12 @@ every weight. Divided by a GPU's datasheet figures that is a floor no engine get
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .. import RequestError
 from .bundle import Bundle
+from .gpu import MODULES
 from .manifest import Target
 
 CONTEXT = 1024
@@ -76,8 +76,8 @@ class Work:
 def work_of(bundle: Bundle, target: Target) -> Work:
     """The work of a target of a dense decoder.
 
-    A plan's weights are taken to be its size. An embedding table is not read but for one row, unless it is the head
-    as well.
+    A plan's weights are what TensorRT says they take, else its size. An embedding table is not read but for one row,
+    unless it is the head as well.
 
     Raises:
         RequestError: the model has experts, so what a token reads depends on its routing.
@@ -86,17 +86,16 @@ def work_of(bundle: Bundle, target: Target) -> Work:
     if any("expert" in key and config[key] for key in config):
         raise RequestError("--roofline counts dense models; this one has experts, and a token reads only some of them")
     context = min(CONTEXT, manifest.limits.capacity)
-    files = target.weights or tuple({graph.file for graph in target.graphs})
-    weights = sum(manifest.files[name] for name in files)
+    plan = target.name in MODULES
+    weights = target.weight_bytes or sum(manifest.files[name] for name in target.weights)
     table = manifest.limits.vocab_size * int(config.get("hidden_size", 0))
     tied = bool(config.get("tie_word_embeddings", False))
     dense = manifest.parameters - (table if tied else 2 * table)
     if not tied:
-        weights -= table * _ITEM_SIZES.get(manifest.quantization.get("embedding", ""), 0) if target.weights else 0
-        weights -= 0 if target.weights else table * _ITEM_SIZES.get(target.dtype, 0)
+        weights -= table * _ITEM_SIZES.get(target.dtype if plan else manifest.quantization.get("embedding", ""), 0)
     states = manifest.contract.states
     elements = sum(math.prod(d for d in state.shape if isinstance(d, int)) for state in states)
-    item = np.dtype(states[0].dtype).itemsize if target.weights else _ITEM_SIZES.get(target.dtype, 2)
+    item = _ITEM_SIZES.get(target.kv_dtype or states[0].dtype, 4)
     heads = int(config.get("num_attention_heads", 0))
     keys = sum(int(state.shape[-1]) for state in states)  # of keys and values, of one head, all layers
     attention = 2.0 * heads * keys * context * context / 2  # causal: half of the square

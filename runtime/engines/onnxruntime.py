@@ -10,7 +10,7 @@ import math
 import mmap
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,11 @@ from ... import BundleError, EngineError, TargetUnavailableError
 from .. import contract
 from ..manifest import Contract, Limits
 from . import Float32, Int32, Int64, KvCache, check_step
-from .cuda_memory import Device
-from .device_cache import DeviceKvCache, StateLayout
 from .ort import onnxruntime as ort
+
+if TYPE_CHECKING:
+    from .cuda_memory import Device
+    from .device_cache import DeviceKvCache
 
 Provider = Literal["cpu", "cuda"]
 
@@ -138,12 +140,16 @@ class OnnxRuntimeEngine:
         self._logits = np.empty((limits.max_batch, limits.vocab_size), np.float32)
         self._buffers: dict[tuple[int, int, int], _StepBuffers] = {}
         if provider == "cuda":
-            self._device = Device(cuda)
+            from . import cuda_memory
 
-    def allocate(self, rows: int) -> HostKvCache | DeviceKvCache:
+            self._device = cuda_memory.Device(cuda)
+
+    def allocate(self, rows: int) -> "HostKvCache | DeviceKvCache":
         """See `Engine`. With CUDA, DeviceMemoryError if it does not fit."""
         if self._device is None:
             return HostKvCache(self._spec, self.limits, rows)
+        from .device_cache import DeviceKvCache, StateLayout
+
         positions = self.limits.capacity + self.limits.max_chunk
         layouts = []
         for state in self._spec.states:
@@ -163,7 +169,7 @@ class OnnxRuntimeEngine:
         """See `Engine`."""
         if self._session is None:
             raise EngineError("the engine is closed")
-        if not isinstance(cache, HostKvCache if self._device is None else DeviceKvCache):
+        if not self._owns(cache):
             raise EngineError("the cache belongs to another engine")
         check_step(self.limits, cache.rows, first_row, input_ids, seqlen_offsets, input_lens, logit_positions)
         batch, length = input_ids.shape
@@ -200,10 +206,15 @@ class OnnxRuntimeEngine:
         buffers = self._buffers[shape] = _StepBuffers(self._inputs, self._logits, shape)
         return buffers
 
-    def _bind_states(self, cache: HostKvCache | DeviceKvCache, first_row: int, batch: int) -> _Binding:
+    def _owns(self, cache: KvCache) -> "TypeGuard[HostKvCache | DeviceKvCache]":
+        if self._device is None:
+            return isinstance(cache, HostKvCache)
+        return getattr(cache, "device", None) is self._device
+
+    def _bind_states(self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int) -> _Binding:
         assert self._session is not None
         io = self._session.io_binding()
-        if isinstance(cache, DeviceKvCache):
+        if not isinstance(cache, HostKvCache):
             for layout, address in zip(cache.layouts, cache.addresses(first_row), strict=True):
                 shape = (batch, layout.heads, layout.positions, layout.dim)
                 io.bind_input(layout.input, "cuda", 0, np.dtype(layout.dtype), shape, address)

@@ -52,7 +52,7 @@ def rtx_target(**changes):
     values = {
         "name": "tensorrt-rtx",
         "graphs": graphs,
-        "weights": (),
+        "weights": (PLAN,),
         "dtype": "float32",
         "tool_versions": {"tensorrt-rtx": "1.7.1.116"},
         "parity": status,
@@ -207,9 +207,9 @@ def test_a_host_whose_driver_finds_no_gpu_is_told_so(monkeypatch):
 
 def test_manifests_without_the_new_fields_are_read(tiny_bundle):
     target = json.loads((tiny_bundle / "manifest.json").read_text())["targets"][0]
-    for name in ("compute_capabilities", "plugins", "cubins"):
+    for name in ("compute_capabilities", "plugins", "kernels", "kv_dtype"):
         target.pop(name, None)
-    assert msgspec.convert(target, Target).cubins == ""
+    assert msgspec.convert(target, Target).kernels == ""
 
 
 def test_the_engine_needs_neither_torch_nor_triton_nor_onnx():

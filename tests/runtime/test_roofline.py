@@ -50,8 +50,9 @@ def test_a_plan_is_counted_in_its_own_type(bundle):
     plan = Target(
         name="tensorrt-rtx",
         graphs=(graph, graph),
-        weights=(),
+        weights=("onnx/weights.bin",),
         dtype="float16",
+        kv_dtype="float16",
         tool_versions={},
         parity=Parity(status="pending"),
     )
