@@ -103,7 +103,7 @@ def remembered(bundle: Bundle, target: Target) -> bool:
 def _record_path(bundle: Bundle, target: Target) -> Path:
     digest = hashlib.sha256((bundle.path / CHECKSUMS).read_bytes()).hexdigest()
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "zonda" / "verified" / f"{digest[:32]}-{target.name}.json"
+    return Path(state) / "zonda" / "verified" / f"{digest[:32]}-{target.graphs[0].file.replace('/', '-')}.json"
 
 
 def _host() -> str:

@@ -4,11 +4,8 @@ Serves `tensorrt` and `tensorrt_rtx`; what only one of them has is asked for by 
 addresses; nothing of tokens.
 """
 
-import functools
-import logging
 import mmap
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from ... import EngineError
 from ...plugins_trt.cubins import CubinLibrary
 from ...plugins_trt.registry import register
 from .cuda_memory import Device
+from .trt_log import logger_of
 
 Shape = tuple[int, ...]
 
@@ -31,7 +29,6 @@ _DTYPES = {
     "INT32": "int32",
     "BOOL": "bool",
 }
-_log = logging.getLogger(__name__)
 _opening = threading.Lock()  # plugins are registered for the whole process
 
 
@@ -120,7 +117,7 @@ class Plan:
             BundleError: the kernel library is damaged.
         """
         self.device = device
-        self._trt, self._file, self._words = trt, file, _logger(trt)
+        self._trt, self._file, self._words = trt, file, logger_of(trt)
         self._registration: Any = None
         self._memory: int | None = None
         self._runtime: Any = None
@@ -237,29 +234,3 @@ def _columns(limits: tuple[Shape, Shape], shape: Shape) -> tuple[Shape, Shape, S
 
 def _dtype(kind: Any) -> str:
     return _DTYPES.get(kind.name, str(kind.name).lower())
-
-
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """The one logger that a TensorRT module takes in a process; it keeps the last errors, and passes all on."""
-    severity = trt.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-    }
-
-    class Words(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.entries: deque[str] = deque(maxlen=4)
-
-        def log(self, kind: Any, message: str) -> None:
-            level = levels.get(kind, 0)
-            if level == logging.ERROR:
-                self.entries.append(" ".join(message.split()))
-            if level:
-                _log.log(min(level, logging.WARNING), "TensorRT: %s", message)
-
-    return Words()

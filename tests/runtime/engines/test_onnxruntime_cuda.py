@@ -99,7 +99,6 @@ def test_an_onnxruntime_without_the_provider_says_what_to_install(tiny_bundle):
 
 def test_a_silent_fall_back_to_the_cpu_is_refused(tiny_bundle, monkeypatch):
     monkeypatch.setattr(room.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setitem(room._PROVIDERS, "cuda", ["CUDAExecutionProvider", "CPUExecutionProvider"])
     original = room.ort.InferenceSession
     monkeypatch.setattr(
         room.ort,
