@@ -6,9 +6,10 @@ size, when the same rows come twice in a row; each batch size has a context of i
 when its context is changed. What a plan's profiles cannot take at once is computed in groups of rows.
 """
 
+import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,7 +111,11 @@ class TensorRtEngine:
         input_lens: Int32,
         logit_positions: Int64,
     ) -> Float32:
-        """See `Engine`."""
+        """See `Engine`. The logits are gone with the engine: copy them before `close`.
+
+        Raises:
+            DeviceMemoryError: a context for a new batch size, or more logits than before, do not fit.
+        """
         if self._plan is None:
             raise EngineError("the engine is closed")
         if not isinstance(cache, DeviceKvCache) or cache.device is not self._device:
@@ -138,23 +143,27 @@ class TensorRtEngine:
         return logits.reshape(batch, num_logits, -1)
 
     def close(self) -> None:
-        """See `Engine`. Caches of this engine lose their memory, too."""
+        """See `Engine`. Caches and logits of this engine lose their memory, too; a failing GPU is only logged."""
+        plan, self._plan = self._plan, None
+        graphs = [decoder.graph for decoder in self._decoders.values() if decoder.graph is not None]
         try:
             with self._device.entered():
-                self._device.synchronize()
-                for decoder in self._decoders.values():
-                    self._drop_graph(decoder)
+                self._release(self._device.synchronize)
+                for graph in graphs:
+                    self._release(functools.partial(self._device.destroy_graph, graph))
+                self._decoders.clear()
+                self._contexts.clear()
+                if plan is not None:
+                    self._release(plan.close)
         except EngineError as error:
-            _log.debug("closing an engine that is closed or failed: %s", error)
-        self._decoders.clear()
-        self._contexts.clear()
-        plan, self._plan = self._plan, None
-        if plan is not None:
-            try:
-                plan.close()
-            except EngineError as error:
-                _log.warning("while closing the plan: %s", error)
+            _log.debug("closing an engine whose GPU is gone or closed: %s", error)
         self._device.close()
+
+    def _release(self, release: Callable[[], None]) -> None:
+        try:
+            release()
+        except EngineError as error:
+            _log.warning("while closing: %s", error)
 
     def _prefill(self, profile: Profile, packing: Packing, states: tuple[int, ...], logits: Float32) -> None:
         context = self._contexts.get(profile.index)

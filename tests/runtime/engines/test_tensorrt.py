@@ -555,3 +555,14 @@ class TestPlugins:
         with pytest.raises(BundleError, match="kernel library is damaged"):
             open_plan(plugins=self.NODES, engine_options={"cubins": b"xx", "plugins": ("RmsNorm",)})
         assert cuda.live() == 0
+
+
+def test_an_engine_may_be_closed_by_another_thread_than_the_one_that_opened_it(open_plan, cuda):
+    engine = open_plan()
+    decode(engine, engine.allocate(1), [1], 0)
+    before = len(cuda.calls)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    closer.join()
+    assert cuda.calls[before] == ("cuCtxSetCurrent", 0x77)
+    assert cuda.live() == 0
