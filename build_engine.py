@@ -142,6 +142,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                     with steps.step("prove the engine against the eager model"):
                         proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
                 except ParityError as error:
+                    if lowered is None:
+                        raise
                     with steps.step("find where they part"):
                         prompts = [prompt.tolist() for prompt in recorded.golden.prompts]
                         spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
