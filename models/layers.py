@@ -4,12 +4,23 @@ Parameters are allocated but never initialised: weights come from a checkpoint, 
 under `torch.device("meta")`.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
 from .rope import RopeTables
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""HF's names of activation functions."""
 
 
 class RmsNorm(nn.Module):
@@ -41,6 +52,20 @@ class QRmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
         return ops.q_rms_norm(x, self.codes, self.scales, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016, arXiv:1607.06450); weight and bias (H,)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Module):

@@ -6,8 +6,11 @@ from typing import Any
 from .. import ConfigError, UnsupportedArchitectureError
 from .architecture import Architecture
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA,)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 GUIDE = "docs/adding-a-model.md"
 
