@@ -29,10 +29,6 @@ class ConfigReader:
         """Whether `key` is there and not null."""
         return self._values.get(key) is not None
 
-    def is_null(self, key: str) -> bool:
-        """Whether `key` is there and null: switched off, where an absent key would mean the family's default."""
-        return key in self._values and self._values[key] is None
-
     def integer(self, key: str, default: int = _REQUIRED, *, minimum: int = 1) -> int:
         """An integer of at least `minimum`."""
         value = self._get(key, default)
@@ -47,6 +43,14 @@ class ConfigReader:
         if not finite or (positive and value <= 0):
             raise self._wrong(key, "a positive number" if positive else "a number", value)
         return float(value)
+
+    def integer_or_off(self, key: str, default: int) -> int:
+        """An integer of at least 1; `default` if `key` is absent, 0 if it is null."""
+        return self.integer(key) if self.has(key) else (0 if key in self._values else default)
+
+    def number_or_off(self, key: str, default: float) -> float:
+        """A positive number; `default` if `key` is absent, 0 if it is null."""
+        return self.number(key) if self.has(key) else (0.0 if key in self._values else default)
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of `length` numbers."""

@@ -104,9 +104,30 @@ class Attention(CachedAttention):
         return self.o_proj(self.attend(*self.project(x), seqlen_offsets, start_offsets_kernel, kv_cache))
 
 
-def per_head(norm: nn.Module, x: Tensor, head_dim: int) -> Tensor:
-    """Normalise each head by itself: x (B, S, heads*D) -> the same shape; the norm is over D."""
-    return norm(x.unflatten(-1, (-1, head_dim))).flatten(-2)
+class QkNormAttention(Attention):
+    """`Attention` with a norm over each head of q and of k in front of RoPE (Henry et al. 2020, arXiv:2010.04245)."""
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        rotary_emb: RotaryEmbedding | None,
+        *,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+        bias: bool = False,
+        scale: float | None = None,
+        window: int = 0,
+    ) -> None:
+        super().__init__(cfg, rotary_emb, qkv_bias=bias, out_bias=bias, scale=scale, window=window)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.head_dim = cfg.head_dim
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, H) -> q (B, S, Hq*D), k and v (B, S, Hkv*D)."""
+        q, k, v = super().project(x)
+        heads = (-1, self.head_dim)
+        return self.q_norm(q.unflatten(-1, heads)).flatten(-2), self.k_norm(k.unflatten(-1, heads)).flatten(-2), v
 
 
 class GatedMlp(nn.Module):

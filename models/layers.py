@@ -148,3 +148,8 @@ class RotaryEmbedding(nn.Module):
 def gather_tokens(x: Tensor, logit_positions: Tensor) -> Tensor:
     """Pick the tokens that want logits: x (B, S, H), logit_positions (B, K) int64 in [0, S) -> (B, K, H)."""
     return x.gather(1, logit_positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Bend `x` smoothly into (-cap, cap): `cap * tanh(x / cap)` (Gemma 2, arXiv:2408.00118, section 2)."""
+    return torch.tanh(x / cap) * cap

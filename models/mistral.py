@@ -13,8 +13,7 @@ def read_config(values: Mapping[str, Any]) -> LlamaConfig:
     read = ConfigReader(values)
     for key in ("attention_bias", "mlp_bias"):
         read.refuse(key, "Mistral has no biases")
-    window = 0 if read.is_null("sliding_window") else read.integer("sliding_window", 4096)
-    return LlamaConfig.read_windowed(read, window)
+    return LlamaConfig.read_windowed(read, read.integer_or_off("sliding_window", 4096))
 
 
 MISTRAL = Architecture(

@@ -36,10 +36,9 @@ class Qwen2Config(DecoderConfig):
 
 def read_qwen_windows(read: ConfigReader, layers: int) -> tuple[int, ...]:
     """Each layer's window: layers from `max_window_layers` on slide, if `use_sliding_window`."""
-    if not read.boolean("use_sliding_window", False) or read.is_null("sliding_window"):
-        return read_windows(read, 0, [False] * layers)
-    first = read.integer("max_window_layers", 28, minimum=0)
-    return read_windows(read, read.integer("sliding_window", 4096), [layer >= first for layer in range(layers)])
+    window = read.integer_or_off("sliding_window", 4096) if read.boolean("use_sliding_window", False) else 0
+    first = read.integer("max_window_layers", 28, minimum=0) if window else layers
+    return read_windows(read, window, [layer >= first for layer in range(layers)])
 
 
 class Qwen2(Decoder):

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .architecture import Architecture, GgufLayout
 from .config import ConfigReader, DecoderConfig, read_decoder
-from .decoder import GGUF_TENSORS, Attention, Block, Decoder, GatedMlp, per_head
+from .decoder import GGUF_TENSORS, Block, Decoder, GatedMlp, QkNormAttention
 from .layers import ACTIVATIONS, RmsNorm, RotaryEmbedding
 from .qwen2 import read_qwen_windows
 from .rope import RopeConfig, read_rope
@@ -39,21 +37,6 @@ class Qwen3Config(DecoderConfig):
         )
 
 
-class Qwen3Attention(Attention):
-    """Attention with QK-norm (Henry et al. 2020, arXiv:2010.04245) by RMS."""
-
-    def __init__(self, cfg: Qwen3Config, rotary_emb: RotaryEmbedding, window: int) -> None:
-        super().__init__(cfg, rotary_emb, qkv_bias=cfg.attention_bias, out_bias=cfg.attention_bias, window=window)
-        self.q_norm = RmsNorm(cfg.head_dim, cfg.rms_norm_eps)
-        self.k_norm = RmsNorm(cfg.head_dim, cfg.rms_norm_eps)
-        self.head_dim = cfg.head_dim
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, H) -> q (B, S, Hq*D), k and v (B, S, Hkv*D)."""
-        q, k, v = super().project(x)
-        return per_head(self.q_norm, q, self.head_dim), per_head(self.k_norm, k, self.head_dim), v
-
-
 class Qwen3(Decoder):
     """The causal language model."""
 
@@ -62,7 +45,14 @@ class Qwen3(Decoder):
         layers = [
             Block(
                 input_layernorm=RmsNorm(cfg.hidden_size, cfg.rms_norm_eps),
-                self_attn=Qwen3Attention(cfg, rotary_emb, window),
+                self_attn=QkNormAttention(
+                    cfg,
+                    rotary_emb,
+                    q_norm=RmsNorm(cfg.head_dim, cfg.rms_norm_eps),
+                    k_norm=RmsNorm(cfg.head_dim, cfg.rms_norm_eps),
+                    bias=cfg.attention_bias,
+                    window=window,
+                ),
                 post_attention_layernorm=RmsNorm(cfg.hidden_size, cfg.rms_norm_eps),
                 mlp=GatedMlp(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act),
             )

@@ -43,6 +43,8 @@ SIZES = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 5e4}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+GEMMA_CAPS = {"attn_logit_softcapping": 8.0, "final_logit_softcapping": 25.0}
+GEMMA_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 
 CONFIGS: dict[str, dict[str, dict]] = {
@@ -63,6 +65,38 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "window in the upper layer, head_dim 32": QWEN_WINDOW | {"head_dim": 32, "rms_norm_eps": 1e-5},
         "biases, yarn": {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN},
         "head_dim 12, no fused attention": {"head_dim": 12},
+    },
+    "gemma": {
+        "multi-head, head_dim 32": {"num_key_value_heads": 4, "head_dim": 32},
+        "multi-query, not tied": {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False},
+        "biases, linear rope": {"head_dim": 16, "attention_bias": True, "rope_parameters": LINEAR},
+    },
+    "gemma2": {
+        "window 5 in the lower layer": {"head_dim": 16, "sliding_window": 5},
+        "tight caps, a scale of its own": GEMMA_CAPS
+        | {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 9},
+        "no caps, layer types": {
+            "head_dim": 16,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 3,
+        },
+        "head_dim 12, no fused attention": GEMMA_CAPS | {"head_dim": 12, "sliding_window": 6},
+    },
+    "gemma3_text": {
+        "local and global": GEMMA_LAYERS | {"head_dim": 16, "sliding_window": 5},
+        "linear scaling of the global RoPE": GEMMA_LAYERS
+        | {
+            "head_dim": 32,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 40,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+        "final cap, only windows": {"head_dim": 16, "sliding_window": 4, "final_logit_softcapping": 20.0},
     },
 }
 CASES = [(family, name) for family, configs in CONFIGS.items() for name in configs]
@@ -134,6 +168,13 @@ REFUSED = [
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must be a list of 2"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must be a list of 2"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is not set"),
+    ("gemma", {"use_bidirectional_attention": True}, "attention is causal here"),
+    ("gemma", {"hidden_act": "silu"}, "hidden_act must be one of"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation must be one of"),
+    ("gemma2", {"sliding_window": None}, "sliding_window is not set"),
+    ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be a positive number"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "QK-norm instead"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "'factor' is missing"),
     ("qwen3", {"rope_parameters": {"rope_type": "spiral"}}, "rope_type must be one of"),
     ("qwen3", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
 ]
@@ -154,7 +195,7 @@ def test_what_is_not_computed_is_refused(family, change, message):
 
 @pytest.mark.parametrize("family", [*CONFIGS, "llama"])
 def test_the_file_is_short(family):
-    path = Path(registry.__file__).with_name(f"{family}.py")
+    path = Path(registry.__file__).with_name(f"{family.removesuffix('_text')}.py")
     assert len(path.read_text().splitlines()) <= 200
 
 
