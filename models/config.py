@@ -52,6 +52,14 @@ class ConfigReader:
         """A positive number; `default` if `key` is absent, 0 if it is null."""
         return self.number(key) if self.has(key) else (0.0 if key in self._values else default)
 
+    def integers(self, key: str, length: int, default: Sequence[int]) -> tuple[int, ...]:
+        """A list of `length` integers, none negative."""
+        value = self._get(key, list(default))
+        if not isinstance(value, list) or len(value) != length:
+            raise self._wrong(key, f"a list of {length} integers", value)
+        items = ConfigReader({f"{key}[{i}]": v for i, v in enumerate(value)}, self.where)
+        return tuple(items.integer(f"{key}[{i}]", minimum=0) for i in range(length))
+
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of `length` numbers."""
         value = self._get(key, _REQUIRED)

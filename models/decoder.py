@@ -168,24 +168,49 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class ParallelBlock(nn.Module):
+    """Transformer block whose attention and MLP read the same norm (Wang & Komatsuzaki 2021, GPT-J)."""
+
+    def __init__(self, *, input_layernorm: nn.Module, self_attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = input_layernorm
+        self.self_attn = self_attn
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, seqlen_offsets: Tensor, start_offsets_kernel: Tensor, kv_cache: LayerCache) -> Tensor:
+        """(B, S, H) -> (B, S, H)."""
+        normed = self.input_layernorm(x)
+        return x + self.self_attn(normed, seqlen_offsets, start_offsets_kernel, kv_cache) + self.mlp(normed)
+
+
 class Stack(nn.Module):
     """Everything under the checkpoint's prefix `model.`."""
 
-    def __init__(self, cfg: DecoderConfig, layers: Iterable[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, cfg: DecoderConfig, layers: Iterable[nn.Module], norm: nn.Module, norm_name: str) -> None:
         super().__init__()
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(layers)
-        self.norm = norm
+        self.add_module(norm_name, norm)
 
 
 class Decoder(CausalModel):
-    """Embedding, blocks, final norm, head; a family overrides `embed` or `head` where it does more."""
+    """Embedding, blocks, final norm, head; a family overrides `embed` or `head` where it does more.
+
+    norm_name: what the checkpoint calls the final norm.
+    """
 
     def __init__(
-        self, cfg: DecoderConfig, layers: Iterable[nn.Module], norm: nn.Module, *, head_bias: bool = False
+        self,
+        cfg: DecoderConfig,
+        layers: Iterable[nn.Module],
+        norm: nn.Module,
+        *,
+        norm_name: str = "norm",
+        head_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.model = Stack(cfg, layers, norm)
+        self.norm_name = norm_name
+        self.model = Stack(cfg, layers, norm, norm_name)
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, head_bias)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -197,7 +222,7 @@ class Decoder(CausalModel):
 
     def head(self, x: Tensor) -> Tensor:
         """(B, K, H) -> logits (B, K, V)."""
-        return self.lm_head(self.model.norm(x))
+        return self.lm_head(self.model.get_submodule(self.norm_name)(x))
 
     def forward(
         self,

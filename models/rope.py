@@ -6,7 +6,7 @@ checkpoints are used with; tables agree to float32 rounding. Scalings that trans
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -60,6 +60,7 @@ def read_rope(
     scaling: ConfigReader | None = None,
     theta: float = 10_000.0,
     partial_rotary_factor: float = 1.0,
+    aliases: Mapping[str, str] | None = None,
 ) -> RopeConfig:
     """Read RoPE from a config.json: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
@@ -68,6 +69,7 @@ def read_rope(
         head_dim: of a head of q and k.
         scaling: the one object to read, for a model with several RoPEs.
         theta, partial_rotary_factor: the family's, where the configuration has none.
+        aliases: the family's other names of scalings.
 
     Raises:
         ConfigError: an unknown scaling, or a rotary dimension that is odd or larger than the head.
@@ -80,7 +82,8 @@ def read_rope(
     else:
         places = original_places = (scaling, scaling)
     type_key = "rope_type" if scaling.has("rope_type") else "type"
-    kind = scaling.choice(type_key, _SCALINGS.keys(), "default")
+    aliases = aliases or {}
+    kind = scaling.choice(type_key, {*_SCALINGS, *aliases}, "default")
     rotary_dim = int(
         head_dim * _first(places, "partial_rotary_factor").number("partial_rotary_factor", partial_rotary_factor)
     )
@@ -88,7 +91,7 @@ def read_rope(
         raise config.error(f"RoPE turns pairs: {rotary_dim} of {head_dim} dimensions cannot be turned")
     key = "original_max_position_embeddings"
     rope = RopeConfig(
-        kind,
+        aliases.get(kind, kind),
         _first(places, "rope_theta").number("rope_theta", theta),
         rotary_dim,
         limit,

@@ -15,9 +15,10 @@ from ..functions import DOMAIN
 from .gather_early import gather_early
 from .rewrite import MICROSOFT, clean, drop_unused, extent, insert, producer, replace
 
-# What GroupQueryAttention asks of head_dim, and more if it is to rotate.
+# What GroupQueryAttention asks of head_dim, and more, also of the width of RoPE's tables, if it is to rotate.
 _HEAD_DIM_MULTIPLE = 8
 _ROTARY_HEAD_DIM_MULTIPLE = 16
+_ROTARY_TABLE_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def fuse_attention(graph: ir.Graph) -> None:
         past_value, value, _ = write_value.inputs
         query = node.inputs[0]
         rope = producer(query, "RoPE", DOMAIN)
-        rotated = rope is not None and key is rope.outputs[1] and _rotates(past_key)
+        rotated = rope is not None and key is rope.outputs[1] and _rotates(past_key, rope)
         cos = sin = None
         if rope is not None and rotated:
             query, key, cos, sin = rope.inputs[:4]
@@ -200,9 +201,10 @@ def _same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
     return a is not None and b is not None and a.shape is not None and a.shape == b.shape
 
 
-def _rotates(past_key: ir.Value) -> bool:
-    """Whether GroupQueryAttention can rotate heads of this size itself."""
-    return extent(past_key, 3) % _ROTARY_HEAD_DIM_MULTIPLE == 0
+def _rotates(past_key: ir.Value, rope: ir.Node) -> bool:
+    """Whether GroupQueryAttention can rotate heads of this size, and so much of each, itself."""
+    head_dim, half = extent(past_key, 3), extent(rope.inputs[2], 1)
+    return head_dim % _ROTARY_HEAD_DIM_MULTIPLE == 0 and half % _ROTARY_TABLE_MULTIPLE == 0
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:

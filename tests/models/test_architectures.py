@@ -40,9 +40,22 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": ROWS,
+    "pad_token_id": 0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 5e4}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 9 for i in range(12)],
+    "long_factor": [2.0 + i / 3 for i in range(12)],
+    "rope_theta": 1e4,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 7.0,
+}
 GEMMA_CAPS = {"attn_logit_softcapping": 8.0, "final_logit_softcapping": 25.0}
 GEMMA_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
@@ -97,6 +110,51 @@ CONFIGS: dict[str, dict[str, dict]] = {
             },
         },
         "final cap, only windows": {"head_dim": 16, "sliding_window": 4, "final_logit_softcapping": 20.0},
+    },
+    "phi3": {
+        "multi-head, window 6": {"num_key_value_heads": 4, "sliding_window": 6},
+        "long factors, partial rotary": {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}}
+        | {"original_max_position_embeddings": 24, "hidden_size": 128},
+        "short factors": {"original_max_position_embeddings": ROWS, "rope_parameters": LONGROPE}
+        | {"max_position_embeddings": 4 * ROWS, "hidden_size": 96, "tie_word_embeddings": True},
+        "head_dim 12, no fused attention": {"hidden_size": 48},
+    },
+    "phi": {
+        "half of each head turns": {"hidden_act": "gelu_new"},
+        "a quarter turns, tied": {"partial_rotary_factor": 0.25, "tie_word_embeddings": True, "hidden_size": 128},
+        "all of head_dim 20 turns": {"partial_rotary_factor": 1.0, "hidden_size": 80, "layer_norm_eps": 1e-4},
+    },
+    "starcoder2": {
+        "window 5": {"sliding_window": 5},
+        "no window, no biases": {"sliding_window": None, "use_bias": False, "tie_word_embeddings": False},
+        "multi-query, linear rope": {"num_key_value_heads": 1, "rope_parameters": LINEAR, "norm_epsilon": 1e-4},
+    },
+    "stablelm": {
+        "sequential": {"num_key_value_heads": 4},
+        "parallel, a norm a head": {"use_parallel_residual": True, "qk_layernorm": True, "hidden_size": 128},
+        "biases, half of each head turns": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+        "sequential, a norm a head": {"qk_layernorm": True, "layer_norm_eps": 1e-4},
+    },
+    "olmo2": {
+        "multi-head": {"num_key_value_heads": 4},
+        "grouped, tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 5e5}},
+        "biases, yarn": {"attention_bias": True, "rope_parameters": YARN, "hidden_size": 128},
+    },
+    "granite": {
+        "all multipliers": GRANITE,
+        "no multipliers but the attention's, tied": {"attention_multiplier": 0.25, "tie_word_embeddings": True},
+        "biases": GRANITE | {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+    },
+    "smollm3": {
+        "the second layer does not turn": {"no_rope_layer_interval": 2},
+        "windows where it does not turn": {
+            "no_rope_layers": [0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "tie_word_embeddings": False,
+        },
+        "biases, no layer turns": {"no_rope_layers": [0, 0], "attention_bias": True, "mlp_bias": True},
+        "head_dim 12, no fused attention": {"no_rope_layer_interval": 2, "head_dim": 12},
     },
 }
 CASES = [(family, name) for family, configs in CONFIGS.items() for name in configs]
@@ -175,6 +233,16 @@ REFUSED = [
     ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be a positive number"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "QK-norm instead"),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "'factor' is missing"),
+    ("phi3", {"attention_bias": True}, "Phi 3 has no biases"),
+    ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "list of 8 numbers"),
+    ("phi", {"qk_layernorm": True}, "no published Phi has it"),
+    ("phi", {"partial_rotary_factor": 0.3, "hidden_size": 40}, "turns pairs"),
+    ("starcoder2", {"mlp_type": "gated"}, "mlp_type must be one of default"),
+    ("stablelm", {"qk_layernorm": "per head"}, "qk_layernorm must be true or false"),
+    ("olmo2", {"sliding_window": 4096}, "no windowed attention"),
+    ("granite", {"residual_multiplier": 0}, "residual_multiplier must be a positive number"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be a list of 2 integers"),
+    ("smollm3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is not set"),
     ("qwen3", {"rope_parameters": {"rope_type": "spiral"}}, "rope_type must be one of"),
     ("qwen3", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
 ]
