@@ -46,8 +46,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope",
-    "short_factor": [1.0 + i / 9 for i in range(12)],
-    "long_factor": [2.0 + i / 3 for i in range(12)],
+    "short_factor": [1.0 + i / 9 for i in range(8)],
+    "long_factor": [2.0 + i / 3 for i in range(8)],
     "rope_theta": 1e4,
 }
 GRANITE = {
@@ -113,15 +113,15 @@ CONFIGS: dict[str, dict[str, dict]] = {
     },
     "phi3": {
         "multi-head, window 6": {"num_key_value_heads": 4, "sliding_window": 6},
-        "long factors, partial rotary": {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}}
+        "long factors, partial rotary": {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.5}}
         | {"original_max_position_embeddings": 24, "hidden_size": 128},
         "short factors": {"original_max_position_embeddings": ROWS, "rope_parameters": LONGROPE}
-        | {"max_position_embeddings": 4 * ROWS, "hidden_size": 96, "tie_word_embeddings": True},
+        | {"max_position_embeddings": 4 * ROWS, "tie_word_embeddings": True},
         "head_dim 12, no fused attention": {"hidden_size": 48},
     },
     "phi": {
-        "half of each head turns": {"hidden_act": "gelu_new"},
-        "a quarter turns, tied": {"partial_rotary_factor": 0.25, "tie_word_embeddings": True, "hidden_size": 128},
+        "half of each head turns": {"hidden_act": "gelu_new", "hidden_size": 128},
+        "a quarter turns, tied": {"partial_rotary_factor": 0.25, "tie_word_embeddings": True},
         "all of head_dim 20 turns": {"partial_rotary_factor": 1.0, "hidden_size": 80, "layer_norm_eps": 1e-4},
     },
     "starcoder2": {
