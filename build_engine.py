@@ -98,7 +98,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         config = architecture.read_config(checkpoint.config)
         limits = _limits(config.max_position_embeddings, config.vocab_size, options)
         with torch.device("meta"):
-            module = architecture.build(config, limits.capacity + limits.max_chunk)
+            module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
         names = match_parameters(module, checkpoint, architecture.ignored)
     estimate = plan.make_plan(module, limits)
     devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]

@@ -120,7 +120,7 @@ def _run_eager(checkpoint: str, opened: "Bundle", rows: "Sequence[NDArray[np.int
     architecture = registry.of_config(source.config)
     limits = opened.manifest.limits
     with torch.device("meta"):
-        module = architecture.build(architecture.read_config(source.config), limits.capacity + limits.max_chunk)
+        module = architecture.for_rows(architecture.read_config(source.config), limits.capacity, limits.max_chunk)
     names = match_parameters(module, source, architecture.ignored)
     return run_eager(module, tensor_source(module, source, names), rows)
 

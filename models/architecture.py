@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .cache import Cache, KvShape
+from .rope import settle_regime
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +84,10 @@ class Architecture:
     build: Callable[[Any, int], CausalModel]
     gguf: GgufLayout | None = None
     ignored: tuple[str, ...] = ()
+
+    def for_rows(self, config: Any, capacity: int, padding: int) -> CausalModel:
+        """The module for rows of `capacity` tokens, with RoPE tables for `padding` positions more.
+
+        Where RoPE's tables change with the length, the capacity chooses, not the padding that a last chunk may need.
+        """
+        return self.build(settle_regime(config, capacity), capacity + padding)

@@ -3,7 +3,8 @@
 It knows the shape of HF's config.json as a mapping and nothing of any one architecture.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .. import ConfigError
@@ -43,6 +44,22 @@ class ConfigReader:
             raise self._wrong(key, "a positive number" if positive else "a number", value)
         return float(value)
 
+    def integer_or_off(self, key: str, default: int) -> int:
+        """An integer of at least 1; `default` if `key` is absent, 0 if it is null."""
+        return self.integer(key) if self.has(key) else (0 if key in self._values else default)
+
+    def number_or_off(self, key: str, default: float) -> float:
+        """A positive number; `default` if `key` is absent, 0 if it is null."""
+        return self.number(key) if self.has(key) else (0.0 if key in self._values else default)
+
+    def integers(self, key: str, length: int, default: Sequence[int]) -> tuple[int, ...]:
+        """A list of `length` integers, none negative."""
+        value = self._get(key, list(default))
+        if not isinstance(value, list) or len(value) != length:
+            raise self._wrong(key, f"a list of {length} integers", value)
+        items = ConfigReader({f"{key}[{i}]": v for i, v in enumerate(value)}, self.where)
+        return tuple(items.integer(f"{key}[{i}]", minimum=0) for i in range(length))
+
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of `length` numbers."""
         value = self._get(key, _REQUIRED)
@@ -63,6 +80,13 @@ class ConfigReader:
         if value not in allowed:
             raise self._wrong(key, f"one of {', '.join(sorted(allowed))}", value)
         return str(value)
+
+    def choices(self, key: str, length: int, allowed: Collection[str], default: Sequence[str]) -> tuple[str, ...]:
+        """A list of `length` strings out of `allowed`."""
+        value = self._get(key, list(default))
+        if not isinstance(value, list) or len(value) != length or not all(v in allowed for v in value):
+            raise self._wrong(key, f"a list of {length} out of {', '.join(sorted(allowed))}", value)
+        return tuple(value)
 
     def section(self, key: str) -> "ConfigReader":
         """The object under `key`; an empty one if it is absent."""
@@ -87,3 +111,62 @@ class ConfigReader:
 
     def _wrong(self, key: str, wanted: str, found: Any) -> ConfigError:
         return self.error(f"{key} must be {wanted}, found {found!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """What every decoder's config.json says, under HF's names; a family's dataclass adds its own."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+
+def read_decoder(read: ConfigReader, *, tie_word_embeddings: bool = False) -> dict[str, Any]:
+    """The fields of `DecoderConfig`; `tie_word_embeddings` is what the family does when the key is absent.
+
+    Raises:
+        ConfigError: a key is missing, or heads and sizes do not divide.
+    """
+    read.refuse("quantization_config", "load the checkpoint in its float form")
+    hidden_size, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    if not read.has("head_dim") and hidden_size % heads:
+        raise read.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+    kv_heads = read.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise read.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    return {
+        "vocab_size": read.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": read.integer("intermediate_size"),
+        "num_hidden_layers": read.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": read.integer("head_dim", hidden_size // heads),
+        "max_position_embeddings": read.integer("max_position_embeddings", 2048),
+        "tie_word_embeddings": read.boolean("tie_word_embeddings", tie_word_embeddings),
+    }
+
+
+def read_windows(read: ConfigReader, window: int, sliding: Sequence[bool]) -> tuple[int, ...]:
+    """Each layer's attention window, 0 for the whole past.
+
+    Args:
+        read: the configuration; its `layer_types`, if there are any, say which layers slide.
+        window: of the layers that slide, 0 if the configuration has none.
+        sliding: which layers slide where the configuration does not say.
+
+    Raises:
+        ConfigError: an unknown layer type, or layers that slide without a window.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    types = read.choices("layer_types", len(sliding), kinds, [kinds[slides] for slides in sliding])
+    if kinds[1] in types and not window:
+        raise read.error("layer_types has sliding_attention, but sliding_window is not set")
+    return tuple(window if kind == kinds[1] else 0 for kind in types)

@@ -4,6 +4,9 @@ Parameters are allocated but never initialised: weights come from a checkpoint, 
 under `torch.device("meta")`.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +14,14 @@ from torch.nn import functional as F
 from . import ops
 from .quantization import Form
 from .rope import RopeTables
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""HF's names of activation functions."""
 
 
 class RmsNorm(nn.Module):
@@ -39,6 +50,20 @@ class QRmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
         return ops.q_rms_norm(x, self.codes, self.scales, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016, arXiv:1607.06450); weight and bias (H,)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Module):
@@ -136,3 +161,8 @@ class RotaryEmbedding(nn.Module):
 def gather_tokens(x: Tensor, logit_positions: Tensor) -> Tensor:
     """Pick the tokens that want logits: x (B, S, H), logit_positions (B, K) int64 in [0, S) -> (B, K, H)."""
     return x.gather(1, logit_positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Bend `x` smoothly into (-cap, cap): `cap * tanh(x / cap)` (Gemma 2, arXiv:2408.00118, section 2)."""
+    return torch.tanh(x / cap) * cap

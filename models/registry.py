@@ -5,9 +5,37 @@ from typing import Any
 
 from .. import ConfigError, UnsupportedArchitectureError
 from .architecture import Architecture
+from .gemma import GEMMA
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
+from .granite import GRANITE
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .olmo2 import OLMO2
+from .phi import PHI
+from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
+from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA,)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI,
+    PHI3,
+    STARCODER2,
+    STABLELM,
+    OLMO2,
+    GRANITE,
+    SMOLLM3,
+)
 
 GUIDE = "docs/adding-a-model.md"
 

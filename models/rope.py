@@ -6,8 +6,9 @@ checkpoints are used with; tables agree to float32 rounding. Scalings that trans
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,18 @@ class RopeTables:
 class RopeConfig:
     """theta: base of the frequencies. rotary_dim: R, even, how many of a head's dimensions turn.
 
-    max_position_embeddings: the length the model was configured for. scaling: the scaling's own keys.
+    max_position_embeddings: the length the model was configured for; original_max_position_embeddings: the one it was
+    trained for before scaling. scaling: the scaling's own keys. longest: the tokens a row can hold, by which the regime
+    is chosen; 0 stands for as many as the tables have rows.
     """
 
     kind: str
     theta: float
     rotary_dim: int
     max_position_embeddings: int
+    original_max_position_embeddings: int
     scaling: ConfigReader
+    longest: int = 0
 
     def tables(self, positions: int) -> RopeTables:
         """Return the tables for positions 0 … positions - 1, on the CPU.
@@ -42,35 +47,74 @@ class RopeConfig:
         Raises:
             ConfigError: the scaling lacks a key or holds an impossible value.
         """
-        inverse, factor = _SCALINGS[self.kind](self, positions)
+        inverse, factor = _SCALINGS[self.kind](self, self.longest or positions)
         steps = torch.arange(positions, dtype=torch.float32, device="cpu")
         angles = steps[:, None] * inverse[None, :]
         return RopeTables(angles.cos() * factor, angles.sin() * factor)
 
 
-def read_rope(config: ConfigReader, head_dim: int) -> RopeConfig:
+def read_rope(
+    config: ConfigReader,
+    head_dim: int,
+    *,
+    scaling: ConfigReader | None = None,
+    theta: float = 10_000.0,
+    partial_rotary_factor: float = 1.0,
+    aliases: Mapping[str, str] | None = None,
+) -> RopeConfig:
     """Read RoPE from a config.json: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+    Args:
+        config: the whole configuration.
+        head_dim: of a head of q and k.
+        scaling: the one object to read, for a model with several RoPEs.
+        theta, partial_rotary_factor: the family's, where the configuration has none.
+        aliases: the family's other names of scalings.
 
     Raises:
         ConfigError: an unknown scaling, or a rotary dimension that is odd or larger than the head.
     """
-    scaling = config.section("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
-    source = scaling if scaling.has("rope_theta") else config
+    limit = config.integer("max_position_embeddings", 2048)
+    if scaling is None:
+        scaling = config.section("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
+        places = (scaling, config)
+        original_places = (config, scaling)
+    else:
+        places = original_places = (scaling, scaling)
     type_key = "rope_type" if scaling.has("rope_type") else "type"
-    kind = scaling.choice(type_key, _SCALINGS.keys(), "default")
-    partial = (scaling if scaling.has("partial_rotary_factor") else config).number("partial_rotary_factor", 1.0)
-    rotary_dim = int(head_dim * partial)
+    aliases = aliases or {}
+    kind = scaling.choice(type_key, {*_SCALINGS, *aliases}, "default")
+    rotary_dim = int(
+        head_dim * _first(places, "partial_rotary_factor").number("partial_rotary_factor", partial_rotary_factor)
+    )
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise config.error(f"RoPE turns pairs: {rotary_dim} of {head_dim} dimensions cannot be turned")
+    key = "original_max_position_embeddings"
     rope = RopeConfig(
-        kind,
-        source.number("rope_theta", 10_000.0),
+        aliases.get(kind, kind),
+        _first(places, "rope_theta").number("rope_theta", theta),
         rotary_dim,
-        config.integer("max_position_embeddings", 2048),
+        limit,
+        _first(original_places, key).integer(key, limit),
         scaling,
     )
     rope.tables(1)
     return rope
+
+
+def settle_regime(config: Any, capacity: int) -> Any:
+    """The configuration (a family's dataclass) with the regime of its RoPEs chosen for rows of `capacity` tokens.
+
+    Tables have more rows than that, for the padding of a chunk, and padding must not choose the regime.
+    """
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    ropes = {name: replace(v, longest=capacity) for name, v in values.items() if isinstance(v, RopeConfig)}
+    return replace(config, **ropes)
+
+
+def _first(places: tuple[ConfigReader, ConfigReader], key: str) -> ConfigReader:
+    """The first of two objects if it has the key, else the second."""
+    return places[0] if places[0].has(key) else places[1]
 
 
 def _frequencies(theta: float, rotary_dim: int) -> Tensor:
@@ -100,7 +144,7 @@ def _llama3(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:
     read = rope.scaling
     factor = read.number("factor")
     low, high = read.number("low_freq_factor"), read.number("high_freq_factor")
-    original = read.integer("original_max_position_embeddings", rope.max_position_embeddings)
+    original = rope.original_max_position_embeddings
     if high <= low:
         raise read.error("high_freq_factor must be greater than low_freq_factor")
     inverse, _ = _default(rope, positions)
@@ -116,7 +160,7 @@ def _llama3(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:
 def _yarn(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:  # noqa: ARG001
     """YaRN (Peng et al. 2023, arXiv:2309.00071), sections 3.2 to 3.4."""
     read, dim = rope.scaling, rope.rotary_dim
-    original = read.integer("original_max_position_embeddings", rope.max_position_embeddings)
+    original = rope.original_max_position_embeddings
     factor = read.number("factor", rope.max_position_embeddings / original)
 
     def correction(rotations: float) -> float:
@@ -144,7 +188,7 @@ def _yarn(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:  # noqa: AR
 def _longrope(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:
     """LongRoPE (Ding et al. 2024, arXiv:2402.13753): the long factors when built for more than the original length."""
     read = rope.scaling
-    original = read.integer("original_max_position_embeddings", rope.max_position_embeddings)
+    original = rope.original_max_position_embeddings
     factor = read.number("factor", rope.max_position_embeddings / original)
     regime = "long_factor" if positions > original else "short_factor"
     stretch = torch.tensor(read.numbers(regime, rope.rotary_dim // 2), dtype=torch.float32, device="cpu")

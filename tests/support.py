@@ -1,6 +1,6 @@
 """What several tests share: random models that are not blind, executors with one face, and the six scenarios."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +24,11 @@ RELATIVE_TOLERANCE = 1e-5
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights that make every part of a model count: with default initialisation a wrong RoPE base goes unseen."""
+def randomise(model: nn.Module, seed: int = 0, norm: float = 1.0) -> None:
+    """Weights that make every part of a model count: with default initialisation a wrong RoPE base goes unseen.
+
+    norm: the mean of norm weights, 0 where they are offsets to 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         key = name.rpartition(".")[2]
@@ -36,10 +39,10 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             parameter.uniform_(0.001, 0.02, generator=generator)
         elif "embed" in name:
             parameter.normal_(0, 1, generator=generator)
-        elif parameter.ndim == 2:
-            parameter.normal_(0, 2 / parameter.shape[1] ** 0.5, generator=generator)
-        elif "norm" in name:
-            parameter.normal_(1, 0.2, generator=generator)
+        elif parameter.ndim >= 2:
+            parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5, generator=generator)
+        elif "norm" in name and not name.endswith("bias"):
+            parameter.normal_(norm, 0.2, generator=generator)
         else:
             parameter.normal_(0, 0.2, generator=generator)
 
@@ -121,6 +124,22 @@ def run_scenario(executor: Executor, tokens: np.ndarray, steps: list[list[int]])
             collected[row].append(logits[row, :length])
         offsets = offsets + lens
     return [np.concatenate(parts) for parts in collected]
+
+
+def run_for_last_tokens(
+    executor: Executor, tokens: np.ndarray, steps: list[list[int]]
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """As `run_scenario`, but ask for one token a row, as generation does; yield (row, position, logits (V,))."""
+    offsets = np.zeros(len(tokens), np.int32)
+    for step in steps:
+        lens = np.array(step, np.int32)
+        ids = np.zeros((len(tokens), int(lens.max())), np.int64)
+        for row, (offset, length) in enumerate(zip(offsets, lens, strict=True)):
+            ids[row, :length] = tokens[row, offset : offset + length]
+        logits = executor.step(ids, offsets, lens, np.maximum(lens - 1, 0)[:, None].astype(np.int64))
+        offsets = offsets + lens
+        for row in np.flatnonzero(lens):
+            yield int(row), int(offsets[row]) - 1, logits[row, 0]
 
 
 def export_graphs(

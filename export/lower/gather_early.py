@@ -16,7 +16,7 @@ _TOKENWISE = {
     *((op, MICROSOFT) for op in ("FusedMatMul", "QuickGelu", "SkipSimplifiedLayerNormalization")),
     *((op, DOMAIN) for op in ("RmsNorm", "QRmsNorm", "QLinear")),
 }
-"""Operators that compute each token (B, S, …) from the same token of their inputs."""
+"""Operators that compute each token (B, S, …) from the same token of their inputs; Split does along the last axis."""
 
 
 def gather_early(graph: ir.Graph) -> None:
@@ -60,10 +60,16 @@ def _region(graph: ir.Graph, gather: ir.Node) -> list[ir.Node]:
     for node in reversed(graph):
         readers = {use.node for output in node.outputs for use in output.uses()}
         kept = any(output.is_graph_output() for output in node.outputs)
-        if (node.op_type, node.domain) in _TOKENWISE and readers and readers <= inside and not kept:
+        if _is_tokenwise(node) and readers and readers <= inside and not kept:
             region.append(node)
             inside.add(node)
     return region
+
+
+def _is_tokenwise(node: ir.Node) -> bool:
+    if node.op_type == "Split" and node.domain == "":
+        return node.attributes["axis"].as_int() in (-1, 2)
+    return (node.op_type, node.domain) in _TOKENWISE
 
 
 def _has_tokens(value: ir.Value) -> bool:

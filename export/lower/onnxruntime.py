@@ -15,7 +15,7 @@ from ..functions import DOMAIN
 from .gather_early import gather_early
 from .rewrite import MICROSOFT, clean, drop_unused, extent, insert, producer, replace
 
-# What GroupQueryAttention asks of head_dim, and more if it is to rotate.
+# What GroupQueryAttention asks of head_dim, and more, also of the width of RoPE's tables, if it is to rotate.
 _HEAD_DIM_MULTIPLE = 8
 _ROTARY_HEAD_DIM_MULTIPLE = 16
 _ROTARY_TABLE_MULTIPLE = 8
@@ -150,6 +150,10 @@ def pack_projections(graph: ir.Graph, packs: dict[str, tuple[str, ...]]) -> None
     for node in list(graph):
         if node.op_type != "GroupQueryAttention":
             continue
+        whole = _split_into(node.inputs[:3])
+        if whole is not None:
+            _pass_packed(node, whole)
+            continue
         linears = [_linear(graph, value) for value in node.inputs[:3]]
         if any(part is None for part in linears):
             continue
@@ -162,9 +166,19 @@ def pack_projections(graph: ir.Graph, packs: dict[str, tuple[str, ...]]) -> None
         (qkv,) = insert(graph, node, "FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT)
         if biases[0] is not None:
             (qkv,) = insert(graph, node, "Add", [qkv, _pack(graph, biases, packs)])
-        node.replace_input_with(0, qkv)
-        node.replace_input_with(1, None)
-        node.replace_input_with(2, None)
+        _pass_packed(node, qkv)
+
+
+def _pass_packed(attention: ir.Node, qkv: ir.Value) -> None:
+    attention.replace_input_with(0, qkv)
+    attention.replace_input_with(1, None)
+    attention.replace_input_with(2, None)
+
+
+def _split_into(pieces: Sequence[ir.Value | None]) -> ir.Value | None:
+    """What a Split cuts into just these pieces, in this order; else None."""
+    split = producer(pieces[0], "Split")
+    return split.inputs[0] if split is not None and tuple(split.outputs) == tuple(pieces) else None
 
 
 def _linear(graph: ir.Graph, value: ir.Value | None) -> tuple[ir.Node, ir.Value, ir.Value | None] | None:

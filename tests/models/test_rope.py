@@ -8,7 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from zonda import ConfigError
 from zonda.models.config import ConfigReader
-from zonda.models.rope import read_rope
+from zonda.models.llama import LlamaConfig
+from zonda.models.rope import read_rope, settle_regime
 
 HEAD_DIM, LIMIT = 32, 64
 FACTORS = [1.0 + i / 8 for i in range(HEAD_DIM // 2)]
@@ -74,6 +75,24 @@ def test_the_older_config_form_reads_the_same():
     a, b = (read_rope(ConfigReader(c), HEAD_DIM).tables(16) for c in (new, old))
     assert torch.equal(a.cos, b.cos)
     assert torch.equal(a.sin, b.sin)
+
+
+def test_the_capacity_chooses_the_regime_not_the_padding_beyond_it():
+    sizes = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 9, "num_hidden_layers": 1}
+    long_rope = {"rope_scaling": SCALINGS["longrope"], "num_attention_heads": 2, "max_position_embeddings": LIMIT}
+    config = LlamaConfig.read(sizes | long_rope)
+    rows = settle_regime(config, 16).rope.tables(24).cos
+    assert rows.shape[0] == 24
+    assert torch.equal(rows[:16], config.rope.tables(16).cos)
+    assert torch.equal(settle_regime(config, 17).rope.tables(24).cos, config.rope.tables(24).cos)
+
+
+def test_the_original_length_may_stand_outside_the_scaling():
+    scaling = {k: v for k, v in SCALINGS["longrope"].items() if k != "original_max_position_embeddings"}
+    values = {"max_position_embeddings": LIMIT, "original_max_position_embeddings": 16, "rope_scaling": scaling}
+    inside = values | {"original_max_position_embeddings": None, "rope_scaling": SCALINGS["longrope"]}
+    a, b = (read_rope(ConfigReader(v), HEAD_DIM).tables(32) for v in (values, inside))
+    assert torch.equal(a.cos, b.cos)
 
 
 def test_partial_rotary_turns_fewer_dimensions():
