@@ -267,7 +267,7 @@ def build(
         console.print(f"error: {error.name or error} is missing: pip install 'zonda\\[build,cpu]'", style="red")
         raise typer.Exit(1) from error
     except ZondaError as error:
-        console.print("error:", str(error), style="red", markup=False, highlight=False)
+        console.print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         console.print("interrupted; no bundle was written", style="red")

@@ -18,6 +18,7 @@ from zonda.export.tensorrt_build import build_plan, check_capabilities, make_pro
 from zonda.export.universal import export_universal
 from zonda.models import layers
 from zonda.models.llama import Llama, LlamaConfig
+from zonda.models.quantization import Form
 from zonda.plugins_trt import PLUGINS, CubinLibrary
 from zonda.runtime.manifest import Limits
 
@@ -281,10 +282,10 @@ def test_every_plugin_has_a_name_for_the_command_line():
 @needs_rtx
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("offsets", [False, True])
-def test_block_quantised_linears_stay_quantised(tmp_path, kernel_cache, bits, offsets):
+def test_block_quantised_linears_are_refused_until_their_codes_are_repacked(tmp_path, kernel_cache, bits, offsets):
     def quantised(rows: int) -> Llama:
         made = Llama(CONFIG, rows)
-        made.model.layers[1].mlp.up_proj = layers.QLinear(64, 96, bits, 32, offsets=offsets)
+        made.model.layers[1].mlp.up_proj = layers.QLinear(64, 96, Form(bits, 32, offsets))
         return made
 
     with torch.device("meta"):
@@ -296,5 +297,5 @@ def test_block_quantised_linears_stay_quantised(tmp_path, kernel_cache, bits, of
     linear.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
     if offsets:
         linear.offsets.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(2))
-    report = build(write(tmp_path, universal, model, plugins="none"), kernel_cache, (80, 86, 89, 120))
-    assert report.layers["DEQUANTIZE"] == 1
+    with pytest.raises(BuildError, match="UINT8 constant"):
+        build(write(tmp_path, universal, model, plugins="none"), kernel_cache, (80,))
