@@ -48,6 +48,17 @@ class CapacityError(EngineError):
     """More tokens or rows were asked for than the engine's KV cache holds."""
 
 
+class DeviceMemoryError(EngineError):
+    """The GPU has not enough free memory; the message holds the numbers, and so do the attributes, in bytes.
+
+    needed: None where TensorRT asked and did not say how much.
+    """
+
+    def __init__(self, message: str, *, needed: int | None, free: int, total: int) -> None:
+        super().__init__(message)
+        self.needed, self.free, self.total = needed, free, total
+
+
 class RequestError(ZondaError):
     """A request is empty, contradictory, or carries an unknown option."""
 

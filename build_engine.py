@@ -11,23 +11,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from zonda import BuildError, ZondaError
+from zonda import BuildError, ParityError, ZondaError
 from zonda.runtime.manifest import Limits
 
 DEFAULT_CAPACITY = 4096
-TARGETS = ("onnxruntime",)
+TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What the command line says. capacity 0 is min(max_position_embeddings, 4096)."""
+    """What the command line says. capacity 0 is min(max_position_embeddings, 4096).
 
-    target: str = "onnxruntime"
+    compute_capabilities, dtype, plugins: of the TensorRT targets.
+    """
+
+    targets: tuple[str, ...] = ("onnxruntime",)
     capacity: int = 0
     max_batch: int = 8
     max_chunk: int = 512
@@ -37,6 +41,9 @@ class BuildOptions:
     dry_run: bool = False
     verify: str = "strict"
     reference: str = "eager"
+    compute_capabilities: tuple[int, ...] = ()
+    dtype: str = "fp16"
+    plugins: str = "all"
 
 
 class Steps:
@@ -65,7 +72,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     """
     import torch
 
-    from zonda.export import describe, plan, proof, universal, weights
+    from zonda.export import compare, describe, device_plan, plan, proof, tensorrt_target, universal, weights
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
@@ -75,8 +82,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models.loading import match_parameters
     from zonda.runtime.metrics import THRESHOLDS
 
-    if options.target not in TARGETS:
-        raise BuildError(f"unknown target {options.target!r}; known: {', '.join(TARGETS)}")
+    tensorrt = _tensorrt_targets(options)
     if options.verify not in ("strict", "off"):
         raise BuildError(f"--verify is strict or off, found {options.verify!r}")
     if options.reference not in ("eager", "transformers"):
@@ -95,30 +101,52 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
         names = match_parameters(module, checkpoint, architecture.ignored)
     estimate = plan.make_plan(module, limits)
+    devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
     if options.dry_run:
-        console.print(describe.plan_page(estimate, checkpoint, limits), highlight=False)
+        console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
         return None
     estimate.require(output.absolute().parent)
+    for device in devices:
+        device.require(output.absolute().parent, estimate.bundle)
     with staged(output.absolute(), overwrite=options.overwrite) as staging:
         with steps.step("export to ONNX"):
             graph = universal.export_universal(module)
-        with steps.step("lower for ONNX Runtime"):
-            lowered = lower.lower(graph)
+        lowered = None
+        if "onnxruntime" in options.targets:
+            with steps.step("lower for ONNX Runtime"):
+                lowered = lower.lower(graph)
+        packs = lowered.packs if lowered is not None else {}
+        load = files.tensor_source(module, checkpoint, names)
+        others = []
+        for target, settings in tensorrt.items():
+            with steps.step(f"build for {target}"):
+                made = tensorrt_target.add_target(
+                    staging, graph, load, limits, proof.unproven_target(options.verify), name=target, **settings
+                )
+            others.append(made)
+            for warning in made.warnings:
+                console.print(f"{target} warns: {warning}", style="yellow", markup=False, highlight=False)
         with steps.step("write the weights"):
-            layout = weights.plan_layout(graph, lowered.packs)
-            load = files.tensor_source(module, checkpoint, names)
-            files.write(staging, graph, lowered.model, layout, load)
+            layout = weights.plan_layout(graph, packs)
+            files.write(staging, graph, lowered.model if lowered is not None else None, layout, load)
         with steps.step("check the graphs"):
             files.check(staging)
         files.write_texts(staging, checkpoint)
         proven = proof.unproven("off", "the build was told --verify off")
         if options.verify != "off":
             with steps.step("run the eager model"):
-                recorded = proof.record(staging, module, checkpoint, load, limits, lowered.packs)
+                recorded = proof.record(staging, module, checkpoint, load, limits, packs)
             proven = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
             if estimate.provable:
-                with steps.step("prove the engine against the eager model"):
-                    proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+                try:
+                    with steps.step("prove the engine against the eager model"):
+                        proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+                except ParityError as error:
+                    with steps.step("find where they part"):
+                        prompts = [prompt.tolist() for prompt in recorded.golden.prompts]
+                        spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
+                        finding = compare.locate_in_build(staging, module, load, spec, limits, prompts)
+                    raise compare.explain(error, finding) from error
             if options.reference == "transformers":
                 with steps.step("prove the eager model against transformers"):
                     found = prove_eager(model, checkpoint.source.revision, recorded.golden, THRESHOLDS["float32"])
@@ -129,12 +157,47 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 architecture.names[0],
                 module,
                 limits,
-                proven.target,
+                proven.target if lowered is not None else None,
                 proven.universal,
                 list_files(staging),
+                others,
             )
             seal(staging, manifest)
     return output
+
+
+def _tensorrt_targets(options: BuildOptions) -> dict[str, Any]:
+    """The TensorRT targets asked for, each with the arguments of `add_target` that the options give.
+
+    Raises:
+        BuildError: an option is impossible.
+    """
+    from zonda.export.lower.tensorrt import parse_plugins
+    from zonda.export.tensorrt_build import check_capabilities
+
+    for target in options.targets:
+        if target not in TARGETS:
+            raise BuildError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+    if not options.targets or len(set(options.targets)) != len(options.targets):
+        raise BuildError(f"--target names each target once, at least one; found {', '.join(options.targets) or 'none'}")
+    if options.dtype not in DTYPES:
+        raise BuildError(f"--dtype is {' or '.join(DTYPES)}, found {options.dtype!r}")
+    plugins = parse_plugins(options.plugins)
+    chosen = [target for target in options.targets if target != "onnxruntime"]
+    if not chosen and (options.compute_capabilities, options.dtype, options.plugins) != ((), "fp16", "all"):
+        raise BuildError("--compute-capability, --dtype and --plugins are of a TensorRT target; ask for one: --target")
+    dtype, capabilities = DTYPES[options.dtype], options.compute_capabilities
+    for target in chosen:
+        check_capabilities(target, capabilities, dtype)
+    return {target: {"dtype": dtype, "capabilities": capabilities, "plugins": plugins} for target in chosen}
+
+
+def _capabilities(text: str) -> tuple[int, ...]:
+    """`80,86,120` or `8.0,8.6,12.0` as numbers."""
+    found = [part.strip().replace(".", "") for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in found):
+        raise BuildError(f"--compute-capability is a list as 80,86,89,120; found {text!r}")
+    return tuple(dict.fromkeys(map(int, found)))
 
 
 def _limits(max_positions: int, vocab_size: int, options: BuildOptions) -> Limits:
@@ -151,7 +214,10 @@ def _limits(max_positions: int, vocab_size: int, options: BuildOptions) -> Limit
 def build(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the bundle goes.")],
-    target: Annotated[str, typer.Option(help=f"One of: {', '.join(TARGETS)}.")] = "onnxruntime",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of: {', '.join(TARGETS)}; may be repeated. onnxruntime if none is named."),
+    ] = None,
     capacity: Annotated[
         int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
     ] = 0,
@@ -167,14 +233,33 @@ def build(
     reference: Annotated[
         str, typer.Option(help="eager, or transformers: prove the eager model as well, with its whole float32 weights.")
     ] = "eager",
+    compute_capability: Annotated[
+        str, typer.Option(help="Of the GPUs that a TensorRT plan is for, e.g. 80,86,89,120.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="Of a TensorRT plan: fp16 or bf16.")] = "fp16",
+    plugins: Annotated[
+        str, typer.Option(help="Kernels of our own in a TensorRT plan: all, none, or a list as RmsNorm,RoPE.")
+    ] = "all",
 ) -> None:
     """Compile MODEL into an engine bundle."""
     signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True)
-    options = BuildOptions(
-        target, capacity, max_batch, max_chunk, revision, offline, overwrite, dry_run, verify, reference
-    )
     try:
+        options = BuildOptions(
+            targets=tuple(target or ("onnxruntime",)),
+            capacity=capacity,
+            max_batch=max_batch,
+            max_chunk=max_chunk,
+            revision=revision,
+            offline=offline,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            verify=verify,
+            reference=reference,
+            compute_capabilities=_capabilities(compute_capability),
+            dtype=dtype,
+            plugins=plugins,
+        )
         bundle = build_bundle(model, output, options, Console() if dry_run else console)
     except ImportError as error:
         console.print(f"error: {error.name or error} is missing: pip install 'zonda\\[build,cpu]'", style="red")

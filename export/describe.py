@@ -1,13 +1,14 @@
 """Words and data about a build: the dry run's page and the manifest."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 
 from .. import BuildError, __version__
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
 from ..models.checkpoints.base import Checkpoint
+from ..models.quantize import count_weights, tensor_classes
 from ..runtime import contract
 from ..runtime.manifest import (
     SCHEMA,
@@ -21,14 +22,15 @@ from ..runtime.manifest import (
     Target,
     TensorSpec,
 )
+from .device_plan import DevicePlan
 from .onnx_files import LOWERED, WEIGHTS
 from .plan import Plan, gigabytes, kv_bytes_per_token
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-def plan_page(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> str:
-    """What `--dry-run` prints."""
+def plan_page(plan: Plan, checkpoint: Checkpoint, limits: Limits, devices: Sequence[DevicePlan] = ()) -> str:
+    """What `--dry-run` prints; `devices` are the TensorRT targets."""
     row = plan.kv_per_token * (limits.capacity + limits.max_chunk)
     lines = [
         ("model", f"{checkpoint.source.name}: {plan.parameters:,} parameters, {checkpoint.source.format}"),
@@ -38,6 +40,7 @@ def plan_page(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> str:
         ("KV cache", f"{plan.kv_per_token:,} bytes a token; {gigabytes(row)} a row of {limits.capacity} tokens"),
         ("limits", f"capacity {limits.capacity}, batch {limits.max_batch}, chunk {limits.max_chunk}"),
         ("proof", "here" if plan.provable else f"pending: {plan.why_not_provable}"),
+        *(line for device in devices for line in device.lines(limits)),
     ]
     return "\n".join(f"{name:<20} {value}" for name, value in lines)
 
@@ -69,22 +72,15 @@ def make_manifest(
     architecture: str,
     module: CausalModel,
     limits: Limits,
-    parity: Parity,
+    parity: Parity | None,
     universal: Parity | None,
     files: Mapping[str, int],
+    others: Sequence[Target] = (),
 ) -> Manifest:
-    """The manifest of a bundle with the ONNX Runtime target."""
+    """The manifest of a bundle with the ONNX Runtime target (without it if `parity` is None) and `others`."""
     shapes = module.kv_shapes
     source = checkpoint.source
-    graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
-    target = Target(
-        name="onnxruntime",
-        graphs=(graph,),
-        weights=(WEIGHTS,),
-        dtype="float32",
-        tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
-        parity=parity,
-    )
+    targets = () if parity is None else (_onnxruntime_target(limits, parity),)
     return Manifest(
         schema=SCHEMA,
         zonda_version=__version__,
@@ -92,15 +88,27 @@ def make_manifest(
         name=source.name,
         architecture=architecture,
         source=Source(name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()),
-        parameters=sum({id(p): p.numel() for p in module.parameters()}.values()),
+        parameters=count_weights(module),
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token(shapes),
-        quantization={"embedding": "float32", "linear": "float32", "norm": "float32", "kv": "float32"},
+        quantization=tensor_classes(module) | {"kv": "float32"},
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
-        targets=(target,),
+        targets=(*targets, *others),
         files=dict(files),
         universal=universal,
+    )
+
+
+def _onnxruntime_target(limits: Limits, parity: Parity) -> Target:
+    graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
+    return Target(
+        name="onnxruntime",
+        graphs=(graph,),
+        weights=(WEIGHTS,),
+        dtype="float32",
+        tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
+        parity=parity,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import BuildError
 from ..models.checkpoints.base import Checkpoint
+from ..models.loading import parameter_source
 from .functions import MARKERS, register_schemas
 from .weights import Layout, attach, missing_data, write_weights
 
@@ -23,25 +24,31 @@ WEIGHTS = f"{DIRECTORY}/weights.bin"
 def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str], Tensor]:
     """A function: initialiser name -> tensor, from the checkpoint or, for RoPE tables, from the module.
 
+    Codes, scales and offsets of a block-quantised module come as the checkpoint stores them.
+
     Args:
         module: built on the meta device; its tables are real.
         checkpoint: where parameters come from.
         names: parameter name -> checkpoint tensor name.
     """
     buffers = dict(module.named_buffers(remove_duplicate=False))
+    parameters = parameter_source(checkpoint, names)
 
     def load(name: str) -> Tensor:
-        return buffers[name] if name in buffers else checkpoint.load(names[name])
+        return buffers[name] if name in buffers else parameters(name)
 
     return load
 
 
-def write(staging: Path, universal: ir.Model, lowered: ir.Model, layout: Layout, load: Callable[[str], Tensor]) -> None:
-    """Write the weight file and both graphs; tensors go one by one, as `as_stored` says."""
+def write(
+    staging: Path, universal: ir.Model, lowered: ir.Model | None, layout: Layout, load: Callable[[str], Tensor]
+) -> None:
+    """Write the weight file and the graphs; tensors go one by one, as `as_stored` says."""
     (staging / DIRECTORY).mkdir()
 
     write_weights(staging / WEIGHTS, layout, missing_data(universal), lambda name: as_stored(load(name)))
-    for model, file in ((universal, UNIVERSAL), (lowered, LOWERED)):
+    graphs = {UNIVERSAL: universal} if lowered is None else {UNIVERSAL: universal, LOWERED: lowered}
+    for file, model in graphs.items():
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 

@@ -13,6 +13,7 @@ import psutil
 from .. import BuildError
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
+from ..models.quantize import count_weights
 from ..runtime.manifest import Limits
 
 _TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
@@ -52,10 +53,8 @@ class Plan:
 
 def make_plan(model: CausalModel, limits: Limits) -> Plan:
     """Predict from the model's shapes (on the meta device) and the limits asked for."""
-    unique = {id(tensor): tensor.numel() for tensor in model.parameters()}
-    tables = {id(tensor): tensor.numel() for tensor in model.buffers()}
-    largest = max(unique.values()) * _ITEM
-    weights = (sum(unique.values()) + sum(tables.values())) * _ITEM
+    unique = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    largest, weights = max(unique.values()), sum(unique.values())
     shapes = model.kv_shapes
     kv = kv_bytes_per_token(shapes)
     row = kv * (limits.capacity + limits.max_chunk)
@@ -67,7 +66,7 @@ def make_plan(model: CausalModel, limits: Limits) -> Plan:
     provable = needed <= available
     why_not = "" if provable else f"it needs {gigabytes(needed)} of memory, the build host had {gigabytes(available)}"
     peak = max(build, needed) if provable else build
-    return Plan(sum(unique.values()), weights + _FILES_BYTES, peak, engine, kv, provable, why_not)
+    return Plan(count_weights(model), weights + _FILES_BYTES, peak, engine, kv, provable, why_not)
 
 
 def kv_bytes_per_token(shapes: list[KvShape]) -> int:

@@ -25,6 +25,7 @@ from .. import BuildError, ParityError
 from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
+from ..models.loading import with_floats
 from ..runtime.golden import GOLDEN, Golden
 from ..runtime.manifest import Limits, Parity, ReferenceReport, WeightReport
 from ..runtime.metrics import Thresholds
@@ -71,6 +72,13 @@ class Proof:
 def unproven(status: Literal["pending", "off"], reason: str, weights: WeightReport | None = None) -> Proof:
     """The record of a proof that was not made."""
     return Proof(Parity(status=status, reason=reason, weights=weights))
+
+
+def unproven_target(verify: str) -> Parity:
+    """The record of a TensorRT target: a build never runs its plan, which may be of another GPU or of none here."""
+    if verify == "off":
+        return unproven("off", "the build was told --verify off").target
+    return unproven("pending", "a build does not run plans, which need a GPU").target
 
 
 def record(
@@ -125,7 +133,9 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
         recorded.golden.save(folder / GOLDEN)
         longest = max(len(prompt) for prompt in recorded.golden.prompts)
         tight = msgspec.structs.replace(limits, capacity=longest)  # bodies compute over the whole capacity
-        graphs = {"onnxruntime": (str(staging / LOWERED), limits), "universal": (str(staging / UNIVERSAL), tight)}
+        graphs = {"universal": (str(staging / UNIVERSAL), tight)}
+        if (staging / LOWERED).is_file():
+            graphs = {"onnxruntime": (str(staging / LOWERED), limits), **graphs}
         request = ProofRequest(graphs, spec, str(folder / GOLDEN), thresholds.name)
         (folder / "request.json").write_bytes(msgspec.json.encode(request))
         command = [sys.executable, "-m", "zonda.runtime.parity", str(folder / "request.json")]
@@ -135,8 +145,8 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
         died = "" if result.returncode == 1 else f"the engine died (exit status {result.returncode}): "
         raise ParityError(f"{died}{words[-2000:]}")
     proven = msgspec.json.decode(result.stdout, type=dict[str, Parity])
-    weights = recorded.weights
-    return Proof(*(msgspec.structs.replace(proven[name], weights=weights) for name in ("onnxruntime", "universal")))
+    found = {name: msgspec.structs.replace(parity, weights=recorded.weights) for name, parity in proven.items()}
+    return Proof(found.get("onnxruntime", found["universal"]), found["universal"])
 
 
 def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[NDArray[np.int64]]:
@@ -154,7 +164,7 @@ def run_eager(module: CausalModel, load: Callable[[str], Tensor], prompts: Seque
         ids[row, : len(prompt)] = prompt
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, length)
-    handles = [handle for name, part in module.named_modules() for handle in _stream(name, part, load)]
+    handles = [handle for name, part in module.named_modules() for handle in stream_parameters(name, part, load)]
     try:
         with torch.no_grad():
             cache = Cache.zeros(module.kv_shapes, batch, length)
@@ -168,15 +178,24 @@ def run_eager(module: CausalModel, load: Callable[[str], Tensor], prompts: Seque
     return Golden.of(prompts, logits.float()[valid].numpy(), states)
 
 
-def _stream(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:
-    """Hooks that give a module its own parameters for the time of its forward pass, and take them away again."""
+def stream_parameters(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:
+    """Hooks that give a module its own parameters for the time of its forward pass, and take them away again.
+
+    Args:
+        name: of the module within the model.
+        module: one of its parts.
+        load: parameter name -> tensor; floating ones become float32.
+
+    Returns:
+        The handles, to be removed after the pass; none for a module without parameters of its own.
+    """
     own = {key: value for key, value in module._parameters.items() if value is not None}
     if not own:
         return []
 
     def fill(target: nn.Module, _: object) -> None:
         for key in own:
-            target._parameters[key] = nn.Parameter(load(f"{name}.{key}").float(), requires_grad=False)
+            target._parameters[key] = nn.Parameter(with_floats(load(f"{name}.{key}")), requires_grad=False)
 
     def drop(target: nn.Module, _: object, __: object) -> None:
         target._parameters.update(own)

@@ -64,7 +64,6 @@ def export_universal(model: CausalModel) -> ir.Model:
         onnxscript.optimizer.optimize_ir(program)
     for value in [v for v in graph.initializers.values() if v.const_value is None]:
         value.name = str(value.name).removeprefix("inner.")
-    _retype_nibbles(program)
     _attach_bodies(program)
     _forget_origins(program)
     _name_nodes(program)
@@ -123,16 +122,6 @@ def _run_exporter(model: CausalModel) -> torch.onnx.ONNXProgram:
     if program is None:
         raise AssertionError("torch.onnx.export returned no program")
     return program
-
-
-def _retype_nibbles(program: ir.Model) -> None:
-    """Declare packed 4-bit codes as what their bytes are to ONNX: an INT4 tensor (N, K), low nibble first."""
-    for node in program.graph:
-        if node.domain == DOMAIN and node.op_type == "QLinear" and node.attributes["bits"].as_int() == 4:
-            codes = node.inputs[1]
-            if codes is not None and codes.dtype == ir.DataType.UINT8:
-                rows, half = codes.shape.numpy()  # type: ignore[union-attr]
-                codes.type, codes.shape = ir.TensorType(ir.DataType.INT4), ir.Shape([rows, 2 * half])
 
 
 def _attach_bodies(program: ir.Model) -> None:

@@ -34,6 +34,8 @@ class WrittenWeights:
         self._bytes = np.memmap(staging / DIRECTORY / self._file, np.uint8, "r")
         self._left = set(self._places)
         self._compared = 0
+        if not (staging / LOWERED).is_file():
+            return
         lowered, file = _places(staging / LOWERED)
         for name, place in lowered.items():
             members = [self._places.get(member, (-1, 0)) for member in packs.get(name, (name,))]

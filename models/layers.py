@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .quantization import Form
 from .rope import RopeTables
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,15 +40,12 @@ class RmsNorm(nn.Module):
 class QRmsNorm(nn.Module):
     """`RmsNorm` with a gain quantised in blocks: codes (H/block, block) int8, scales (H/block,)."""
 
-    codes: Tensor
-    scales: Tensor
-
     def __init__(self, hidden_size: int, eps: float, block_size: int = 32) -> None:
         super().__init__()
         self.eps = eps
         blocks = hidden_size // block_size
-        self.register_buffer("codes", torch.empty(blocks, block_size, dtype=torch.int8))
-        self.register_buffer("scales", torch.empty(blocks))
+        self.codes = nn.Parameter(torch.empty(blocks, block_size, dtype=torch.int8), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(blocks), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
@@ -81,33 +79,37 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class QLinear(nn.Module):
-    """`Linear` with a block-quantised weight; see `ops.q_linear` for codes, scales and offsets."""
+class BlockQuantizedWeight(nn.Module):
+    """What `QLinear` and `QEmbedding` hold in place of a `weight` (N, K): its codes, scales and offsets.
 
-    codes: Tensor
-    scales: Tensor
-    offsets: Tensor | None
+    codes (N, K * bits / 8) uint8, scales (N, K / block_size), offsets like scales or None: see `BlockQuantized`.
+    """
 
-    def __init__(
-        self, in_features: int, out_features: int, bits: int, block_size: int, *, offsets: bool, bias: bool = False
-    ) -> None:
+    def __init__(self, rows: int, columns: int, form: Form) -> None:
         super().__init__()
-        self.bits = bits
-        self.block_size = block_size
-        codes = (
-            torch.empty(out_features, in_features, dtype=torch.int8)
-            if bits == 8
-            else torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-        )
-        blocks = in_features // block_size
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", torch.empty(out_features, blocks))
-        self.register_buffer("offsets", torch.empty(out_features, blocks) if offsets else None)
+        self.form = form
+        blocks = columns // form.block_size
+        codes = torch.empty(rows, columns * form.bits // 8, dtype=torch.uint8)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(rows, blocks), requires_grad=False)
+        self.offsets = nn.Parameter(torch.empty(rows, blocks), requires_grad=False) if form.offsets else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight."""
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.form.bits
+
+
+class QLinear(BlockQuantizedWeight):
+    """`Linear` with a block-quantised weight; see `ops.q_linear`."""
+
+    def __init__(self, in_features: int, out_features: int, form: Form, bias: bool = False) -> None:
+        super().__init__(out_features, in_features, form)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        y = ops.q_linear(x, self.codes, self.scales, self.offsets, self.bits, self.block_size)
+        y = ops.q_linear(x, self.codes, self.scales, self.offsets, self.form.bits, self.form.block_size)
         return y if self.bias is None else y + self.bias
 
 
@@ -121,6 +123,17 @@ class Embedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, S) int64 -> (B, S, H)."""
         return F.embedding(input_ids, self.weight)
+
+
+class QEmbedding(BlockQuantizedWeight):
+    """`Embedding` with a block-quantised table; see `ops.q_embedding`."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, form: Form) -> None:
+        super().__init__(vocab_size, hidden_size, form)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, S) int64 -> (B, S, H)."""
+        return ops.q_embedding(input_ids, self.codes, self.scales, self.offsets, self.form.bits, self.form.block_size)
 
 
 class RotaryEmbedding(nn.Module):

@@ -1,6 +1,8 @@
 """Matching a checkpoint with a model, strictly: every tensor used, every parameter filled, every shape the same."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
@@ -8,15 +10,18 @@ from torch import Tensor, nn
 
 from .. import CheckpointError
 from .checkpoints.base import Checkpoint
+from .layers import BlockQuantizedWeight
+from .quantization import BlockQuantized, Form
 
 _LISTED = 8  # names of each kind in a message
+_PARTS = ("codes", "scales", "offsets")  # of a block-quantised weight
 
 
 def match_parameters(model: nn.Module, checkpoint: Checkpoint, ignored: Sequence[str] = ()) -> dict[str, str]:
     """Say which checkpoint tensor fills which parameter.
 
-    Parameters that the model shares between two names (a tied head) may be in the checkpoint once, or twice with the
-    same bytes.
+    The codes, scales and offsets of a block-quantised module all come from its tensor `weight`. Parameters that the
+    model shares between two names (a tied head) may be in the checkpoint once, or twice with the same bytes.
 
     Args:
         model: on any device, meta included.
@@ -27,35 +32,66 @@ def match_parameters(model: nn.Module, checkpoint: Checkpoint, ignored: Sequence
         Parameter name -> tensor name, shared parameters under every name.
 
     Raises:
-        CheckpointError: lists what is missing, unexpected and mis-shaped.
+        CheckpointError: lists what is missing, unexpected, mis-shaped and stored in another form.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        aliases.setdefault(id(parameter), []).append(name)
+    wanted = wanted_tensors(model)
     matched: dict[str, str] = {}
-    missing, misshaped = [], []
-    for names in aliases.values():
+    missing, misshaped, misformed = [], [], []
+    for names in aliases(wanted):
         present = [name for name in names if name in checkpoint.tensors]
         if not present:
             missing.append(names[0])
             continue
-        wanted = tuple(parameters[names[0]].shape)
+        shape, form = wanted[names[0]].shape, wanted[names[0]].form
         for name in present:
-            if checkpoint.tensors[name].shape != wanted:
-                misshaped.append(f"{name} {list(checkpoint.tensors[name].shape)}, expected {list(wanted)}")
-        matched |= dict.fromkeys(names, present[0])
+            found = checkpoint.tensors[name]
+            if found.shape != shape:
+                misshaped.append(f"{name} {list(found.shape)}, expected {list(shape)}")
+            elif form is not None and found.form != form:
+                misformed.append(f"{name}, which is {found.stored}, expected {form}")
+        matched |= {parameter: present[0] for name in names for parameter in wanted[name].parameters}
     unexpected = [
         name
         for name in checkpoint.tensors
-        if name not in parameters and not any(fnmatch(name, pattern) for pattern in ignored)
+        if name not in wanted and not any(fnmatch(name, pattern) for pattern in ignored)
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshaped,
+        "of another form": misformed,
+    }
     lines = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
     if lines:
         raise CheckpointError(f"{checkpoint.source.name} does not fit the model: " + "; ".join(lines))
-    _compare_shared(checkpoint, aliases)
+    _compare_shared(checkpoint, aliases(wanted))
     return matched
+
+
+def parameter_source(checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str], Tensor]:
+    """A function: parameter name -> its value as the checkpoint has it: floats, or a part of a quantised weight.
+
+    The parts of one weight that are asked for one after the other are read once.
+
+    Args:
+        checkpoint: where the values come from.
+        names: parameter name -> tensor name, from `match_parameters`.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def read(tensor: str) -> BlockQuantized | None:
+        return checkpoint.blocks(tensor)
+
+    def load(name: str) -> Tensor:
+        tensor, part = names[name], name.rpartition(".")[2]
+        if part not in _PARTS or tensor.rpartition(".")[2] == part:
+            return checkpoint.load(tensor)
+        value: Tensor | None = getattr(read(tensor), part)
+        if value is None:
+            raise CheckpointError(f"{checkpoint.source.name}: {tensor} has no {part}")
+        return value
+
+    return load
 
 
 def load_weights(
@@ -69,18 +105,56 @@ def load_weights(
         CheckpointError: see `match_parameters`.
     """
     shared: dict[int, nn.Parameter] = {}
-    names = match_parameters(model, checkpoint, ignored)
+    load = parameter_source(checkpoint, match_parameters(model, checkpoint, ignored))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in shared:
-            tensor = checkpoint.load(names[name])
-            floats = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            shared[id(parameter)] = nn.Parameter(floats, requires_grad=False)
+            shared[id(parameter)] = nn.Parameter(with_floats(load(name), dtype), requires_grad=False)
         owner, _, key = name.rpartition(".")
         setattr(model.get_submodule(owner), key, shared[id(parameter)])
 
 
-def _compare_shared(checkpoint: Checkpoint, aliases: Mapping[int, Sequence[str]]) -> None:
-    for names in aliases.values():
+def with_floats(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A floating tensor as `dtype`; integer codes as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTensor:
+    """What a model asks a checkpoint for under one name.
+
+    parameters: the names of those that it fills. shape: of the tensor. form: how it must be stored; None for floats.
+    identity: the same for names that share their parameters.
+    """
+
+    parameters: tuple[str, ...]
+    shape: tuple[int, ...]
+    form: Form | None
+    identity: int
+
+
+def wanted_tensors(model: nn.Module) -> dict[str, WantedTensor]:
+    """Every tensor that `model` needs, by name, in the order of its parameters."""
+    wanted: dict[str, WantedTensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = dict(module.named_parameters(prefix, recurse=False, remove_duplicate=False))
+        if isinstance(module, BlockQuantizedWeight):
+            parts = tuple(name for name in own if name.rpartition(".")[2] in _PARTS)
+            wanted[f"{prefix}.weight"] = WantedTensor(parts, module.shape, module.form, id(module.codes))
+            own = {name: parameter for name, parameter in own.items() if name not in parts}
+        wanted |= {name: WantedTensor((name,), tuple(p.shape), None, id(p)) for name, p in own.items()}
+    return wanted
+
+
+def aliases(wanted: Mapping[str, WantedTensor]) -> list[list[str]]:
+    """The names, those of one tensor together."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        groups.setdefault(tensor.identity, []).append(name)
+    return list(groups.values())
+
+
+def _compare_shared(checkpoint: Checkpoint, groups: Iterable[Sequence[str]]) -> None:
+    for names in groups:
         first, *others = [name for name in names if name in checkpoint.tensors]
         for other in others:
             if not _same_bytes(checkpoint.load(first), checkpoint.load(other)):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .. import TargetUnavailableError, ZondaError, __version__
+from .. import RequestError, TargetUnavailableError, ZondaError, __version__
 from .generation import Chunk, Completion
 from .sampling import SamplingParams
 
@@ -157,17 +157,23 @@ def chat(
 def inspect(
     bundle: BundleArgument,
     json_output: Annotated[bool, typer.Option("--json", help="The manifest, as JSON.")] = False,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="The least time a token can take on some GPUs, by arithmetic.")
+    ] = False,
 ) -> None:
     """Say what a bundle is and where it can run."""
     from .bundle import open_bundle
     from .inspection import inspection_page
     from .manifest import encode
+    from .roofline import roofline_page
 
     opened = open_bundle(bundle)
+    if json_output and roofline:
+        raise RequestError("--json prints the manifest and --roofline a page: choose one")
     if json_output:
         sys.stdout.write(encode(opened.manifest).decode())
     else:
-        Console().print(inspection_page(opened))
+        Console().print(roofline_page(opened) if roofline else inspection_page(opened))
 
 
 @app.command()

@@ -2,11 +2,12 @@
 
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from .bundle import Bundle
 from .loader import obstacle
-from .manifest import Parity
+from .manifest import Parity, Target
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -31,13 +32,27 @@ def inspection_page(bundle: Bundle) -> RenderableType:
         facts.add_row(f"[bold]{name}[/bold]", value)
     targets = Table("target", "dtype", "size", "proof", "on this host")
     for target in manifest.targets:
-        files = {graph.file for graph in target.graphs} | set(target.weights)
+        files = {graph.file for graph in target.graphs} | set(target.weights) | ({target.kernels} - {""})
         size = _size(sum(manifest.files[name] for name in files))
-        targets.add_row(
-            target.name, target.dtype, size, _proof(target.parity), obstacle(bundle, target, forced=False) or "runs"
-        )
+        targets.add_row(target.name, _form(target), size, _proof(target.parity), escape(on_this_host(bundle, target)))
     proofs = [_parity_table(t.name, t.parity) for t in manifest.targets if t.parity.schedules]
     return Group(facts, targets, *proofs)
+
+
+def on_this_host(bundle: Bundle, target: Target) -> str:
+    """`runs`, or why not and the nearest fix."""
+    reason = obstacle(bundle, target, forced=False)
+    return "runs" if reason is None else f"cannot run: {reason}"
+
+
+def _form(target: Target) -> str:
+    """The dtype, and what a plan was built for."""
+    words = [target.dtype]
+    if target.compute_capabilities:
+        words.append("for SM " + ", ".join(map(str, target.compute_capabilities)))
+    if target.plugins:
+        words.append("plugins " + ", ".join(f"{name} ×{count}" for name, count in target.plugins.items()))
+    return "\n".join(words)
 
 
 def _proof(parity: Parity) -> str:

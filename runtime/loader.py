@@ -5,9 +5,11 @@ defaults that travel in the bundle.
 """
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -17,7 +19,8 @@ from .. import BundleError, RequestError, TargetUnavailableError, ZondaError
 from .bundle import Bundle, open_bundle
 from .chat_template import ChatTemplate
 from .engines import Engine
-from .manifest import Limits, Target
+from .gpu import MODULES, plan_obstacle
+from .manifest import Limits, Parity, Target
 from .pipeline import Pipeline
 from .sampling import SamplingParams
 from .verification import prove_target, remembered
@@ -25,7 +28,12 @@ from .verification import prove_target, remembered
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """Targets from best to most portable."""
 
-_INSTALL = {"onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+CUDA_PROVIDER = "onnxruntime-cuda"
+"""Not a target of its own: the universal graph by ONNX Runtime's CUDA provider, for whoever asks for it."""
+
+_UNIVERSAL = "onnx/universal.onnx"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ def load_pipeline(
         raise BundleError(f"{path}: a bundle of kind {bundle.manifest.kind!r} has no loader here; known: {known}")
     pipeline = loader.load(bundle, LoadOptions(target, threads, capacity, max_batch))
     if verify is True:
-        (running,) = (t for t in bundle.manifest.targets if t.name == pipeline.target)
+        running, _ = choose_target(bundle, target)
         try:
             prove_target(bundle, running, pipeline.engine, quick=True)
         except ZondaError:
@@ -108,37 +116,43 @@ def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str,
     Raises:
         TargetUnavailableError: none is left.
     """
-    targets = {target.name: target for target in bundle.manifest.targets}
-    order = [name for name in PREFERENCE if name in targets] if forced is None else [forced]
+    targets = bundle.manifest.targets
+    if forced == CUDA_PROVIDER:
+        targets = _universal(bundle)
+    order = [t for name in PREFERENCE for t in targets if t.name == name]
+    if forced is not None:
+        order = [target for target in targets if target.name == forced]
     reasons: dict[str, str] = {}
-    for name in order:
-        reason = obstacle(bundle, targets.get(name), forced=forced is not None)
+    for target in order:
+        reason = obstacle(bundle, target, forced=forced is not None)
         if reason is None:
-            return targets[name], reasons
-        reasons[name] = reason
+            passed_over = "".join(f"; not {name}: {why}" for name, why in reasons.items())
+            _log.info("%s: running %s (%s)%s", bundle.path, target.name, target.dtype, passed_over)
+            return target, reasons
+        reasons.setdefault(target.name, reason)
+    if forced is not None and not order:
+        reasons[forced] = "the bundle was not built for it; build again with --target"
     lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-    raise TargetUnavailableError(
-        f"{bundle.path}: no target can run here; the bundle has {', '.join(targets) or 'none'}{lines}"
-    )
+    names = ", ".join(dict.fromkeys(target.name for target in targets))
+    raise TargetUnavailableError(f"{bundle.path}: no target can run here; the bundle has {names or 'none'}{lines}")
 
 
-def obstacle(bundle: Bundle, target: Target | None, *, forced: bool) -> str | None:
+def obstacle(bundle: Bundle, target: Target, *, forced: bool) -> str | None:
     """Why a target of a bundle cannot be loaded on this host, None if it can; forced: unproven ones may be."""
-    if target is None:
-        return "the bundle was not built for it; build again with --target"
-    module = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}.get(target.name)
-    if module is None:
-        return "this version of zonda does not know it"
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed; pip install 'zonda[{_INSTALL[target.name]}]'"
-    if target.name != "onnxruntime":
-        return "this version of zonda cannot run it yet"
-    if target.parity.status == "pending" and not forced and not remembered(bundle, target):
-        return (
+    if target.name in MODULES:
+        reason = plan_obstacle(target)
+    elif target.name not in ("onnxruntime", CUDA_PROVIDER):
+        reason = "this version of zonda does not know it"
+    elif importlib.util.find_spec("onnxruntime") is None:
+        reason = "onnxruntime is not installed; pip install 'zonda[cpu]'"
+    else:
+        reason = None
+    if reason is None and target.parity.status == "pending" and not forced and not remembered(bundle, target):
+        reason = (
             f"it has not been proven ({target.parity.reason}); `zonda verify` proves it here, target={target.name!r} "
             "forces it"
         )
-    return None
+    return reason
 
 
 def _limits(bundle: Bundle, options: LoadOptions) -> Limits:
@@ -155,11 +169,48 @@ def _limits(bundle: Bundle, options: LoadOptions) -> Limits:
 
 
 def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | None = None) -> Engine:
-    """Open the engine of a target that has no obstacle."""
+    """Open the engine of a target that has no obstacle.
+
+    Raises:
+        EngineError: TensorRT or the GPU refuses; DeviceMemoryError if memory is what it lacks.
+        BundleError: a file of the target is not what it should be.
+    """
+    files = dict.fromkeys(graph.file for graph in target.graphs)
+    if len(files) != 1:
+        raise BundleError(f"{bundle.path}: target {target.name} has {len(files)} graph files; this version runs one")
+    (file,) = files
+    spec = bundle.manifest.contract
+    if target.name in MODULES:
+        from .engines.tensorrt import TensorRtEngine
+
+        kernels = bundle.file(target.kernels).read_bytes() if target.kernels else None
+        trt = load_tensorrt(MODULES[target.name])
+        return TensorRtEngine(trt, bundle.file(file), spec, limits, cubins=kernels, plugins=tuple(target.plugins))
     from .engines.onnxruntime import OnnxRuntimeEngine
 
-    (graph,) = target.graphs
-    return OnnxRuntimeEngine(bundle.file(graph.file), bundle.manifest.contract, limits, threads=threads)
+    provider: Literal["cpu", "cuda"] = "cuda" if target.name == CUDA_PROVIDER else "cpu"
+    return OnnxRuntimeEngine(bundle.file(file), spec, limits, threads=threads, provider=provider)
+
+
+def _universal(bundle: Bundle) -> tuple[Target, ...]:
+    """The bundle's ONNX Runtime target, with the universal graph in place of the one lowered for the CPU."""
+    return tuple(
+        msgspec.structs.replace(
+            target,
+            name=CUDA_PROVIDER,
+            graphs=tuple(msgspec.structs.replace(graph, file=_UNIVERSAL) for graph in target.graphs),
+            parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
+        )
+        for target in bundle.manifest.targets
+        if target.name == "onnxruntime" and _UNIVERSAL in bundle.manifest.files
+    )
+
+
+def load_tensorrt(module: str) -> ModuleType:
+    """Import `tensorrt` or `tensorrt_rtx`, ready for plugins. Raises ZondaError if it cannot be loaded."""
+    from ..plugins_trt.trt import load
+
+    return load(module)  # type: ignore[arg-type]
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer:

@@ -65,12 +65,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Graph(msgspec.Struct, frozen=True, kw_only=True):
-    """One compiled graph; role `any` serves prefill and decode. Ranges are inclusive (minimum, maximum)."""
+    """One compiled graph; role `any` serves prefill and decode. Ranges are inclusive (minimum, maximum).
+
+    num_logits: range of K; that of S if None. profile: which of the optimisation profiles in `file`.
+    activation_bytes: device memory that TensorRT says a step needs beside weights and states; 0 if unknown.
+    """
 
     role: Literal["any", "prefill", "decode"]
     file: str
     batch: tuple[int, int]
     sequence: tuple[int, int]
+    num_logits: tuple[int, int] | None = None
+    profile: int = 0
+    activation_bytes: int = 0
 
 
 class ScheduleReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +138,12 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the bundle. weights: files that are mapped, not hashed, on load."""
+    """One way to run the bundle. weights: files that are mapped, not hashed, on load. dtype: of the arithmetic.
+
+    kv_dtype: of the states, the contract's if empty. compute_capabilities: of the GPUs that can run it. kernels: file
+    of the plugins' kernels, none if empty. plugins: operator -> nodes that became plugins. log: file of TensorRT's
+    messages. warnings: of its build, in words. weight_bytes: on the device, 0 if unknown.
+    """
 
     name: str
     graphs: tuple[Graph, ...]
@@ -139,6 +151,13 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     tool_versions: dict[str, str]
     parity: Parity
+    kv_dtype: str = ""
+    compute_capabilities: tuple[int, ...] = ()
+    kernels: str = ""
+    plugins: dict[str, int] = {}
+    log: str = ""
+    warnings: tuple[str, ...] = ()
+    weight_bytes: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

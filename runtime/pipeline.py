@@ -84,7 +84,8 @@ class Pipeline:
 
         Args:
             path: the bundle's directory.
-            target: force one (`onnxruntime`), proven or not.
+            target: force one (`onnxruntime`, `tensorrt-rtx`, …), proven or not; `onnxruntime-cuda` runs the universal
+                graph by ONNX Runtime's CUDA provider.
             verify: `quick` hashes every file but the weights, `full` the weights too. True is `quick`, and then the
                 engine is held to the bundle's golden data on one prompt, which takes about a second; the whole proof
                 is `zonda verify`.

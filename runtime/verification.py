@@ -18,6 +18,7 @@ from .. import BundleError
 from .bundle import CHECKSUMS, Bundle
 from .engines import Engine
 from .golden import GOLDEN, Golden
+from .gpu import MODULES, find_gpu, installed_version
 from .manifest import Parity, Target
 from .metrics import THRESHOLDS
 from .parity import prove
@@ -102,7 +103,7 @@ def remembered(bundle: Bundle, target: Target) -> bool:
 def _record_path(bundle: Bundle, target: Target) -> Path:
     digest = hashlib.sha256((bundle.path / CHECKSUMS).read_bytes()).hexdigest()
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "zonda" / "verified" / f"{digest[:32]}-{target.name}.json"
+    return Path(state) / "zonda" / "verified" / f"{digest[:32]}-{target.graphs[0].file.replace('/', '-')}.json"
 
 
 def _host() -> str:
@@ -117,4 +118,7 @@ def _versions(target: Target) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
+    if target.name in MODULES:
+        gpu = find_gpu()
+        found |= {target.name: installed_version(target.name) or "unknown", "gpu": str(gpu)}
     return found

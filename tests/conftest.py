@@ -1,6 +1,7 @@
 """Fixtures that several rooms share: a tiny checkpoint folder, the bundle built from it, and SmolLM2 if it is there."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def build_quietly(model: Path | str, output: Path, **options) -> Path:
     path = build_bundle(str(model), output, BuildOptions(**options), Console(quiet=True))
     assert path is not None
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory) -> Iterator[None]:
+    """What `zonda verify` remembers on this host neither reaches the tests nor comes from them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

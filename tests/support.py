@@ -31,7 +31,13 @@ def randomise(model: nn.Module, seed: int = 0, norm: float = 1.0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "embed" in name:
+        key = name.rpartition(".")[2]
+        if not parameter.is_floating_point():
+            information = torch.iinfo(parameter.dtype)
+            parameter.random_(information.min, information.max + 1, generator=generator)
+        elif key in ("scales", "offsets"):
+            parameter.uniform_(0.001, 0.02, generator=generator)
+        elif "embed" in name:
             parameter.normal_(0, 1, generator=generator)
         elif parameter.ndim >= 2:
             parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5, generator=generator)
@@ -50,7 +56,7 @@ class Executor(Protocol):
 class Eager:
     def __init__(self, model: nn.Module, rows: int, capacity: int) -> None:
         self.model = model
-        dtype = next(model.parameters()).dtype
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.cache = Cache.zeros(model.kv_shapes, rows, capacity, dtype)
 
     def step(self, ids, offsets, lens, positions):

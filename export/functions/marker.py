@@ -26,9 +26,11 @@ _TYPE_VARIABLES = {
     "T": _FLOATS,
     "TP": ["tensor(float)"],
     "TS": _FLOATS,
+    "TW": _FLOATS,
     "I32": ["tensor(int32)"],
     "I64": ["tensor(int64)"],
-    "Q": ["tensor(int8)", "tensor(int4)", "tensor(uint8)"],
+    "I8": ["tensor(int8)"],
+    "U8": ["tensor(uint8)"],
 }
 
 InferShapes = Callable[[Any], None]
@@ -85,12 +87,14 @@ def register_schemas(markers: Sequence[Marker]) -> None:
 
 
 def like(*pairs: tuple[int, int]) -> InferShapes:
-    """Inference by copying: output i has the type and shape of input j, for each (i, j)."""
+    """Inference by copying: output i has the type and shape of input j, for each (i, j) with j present."""
 
     def infer(context: Any) -> None:
         for output, source in pairs:
             if output < context.get_num_outputs() and source < context.get_num_inputs():
-                context.set_output_type(output, context.get_input_type(source))
+                kind = context.get_input_type(source)
+                if kind is not None:
+                    context.set_output_type(output, kind)
 
     return infer
 

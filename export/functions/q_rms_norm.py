@@ -23,7 +23,7 @@ def _translate(x: Any, codes: Any, scales: Any, eps: float) -> Any:
 
 Q_RMS_NORM = Marker(
     name="QRmsNorm",
-    inputs=[("x", "T"), ("codes", "Q"), ("scales", "TS")],
+    inputs=[("x", "T"), ("codes", "I8"), ("scales", "TS")],
     outputs=[("y", "T")],
     attributes={"eps": OpSchema.AttrType.FLOAT},
     infer=like((0, 0)),

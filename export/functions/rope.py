@@ -63,7 +63,7 @@ def _translate(
 
 
 def _translate_single(q: Any, cos: Any, sin: Any, positions: Any, num_heads: int, interleaved: bool) -> Any:
-    return ZONDA.RoPE(
+    turned, _ = ZONDA.RoPE(
         q,
         None,
         cos,
@@ -75,6 +75,7 @@ def _translate_single(q: Any, cos: Any, sin: Any, positions: Any, num_heads: int
         rotary_dim=2 * cos.shape[-1],
         **PLUGIN_ATTRIBUTES,
     )
+    return turned  # both outputs of the schema would be taken for a sequence and concatenated
 
 
 ROPE = Marker(

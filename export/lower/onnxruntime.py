@@ -79,7 +79,7 @@ def fuse_norms(graph: ir.Graph) -> None:
         x, weight = node.inputs
         eps = node.attributes["eps"].as_float()
         add = producer(x, "Add")
-        if add is not None and _same_shape(*add.inputs):
+        if add is not None and _same_shape(*add.inputs) and _rank(add.inputs[0]) in (2, 3):
             normed, mean, inverse_std, total = insert(
                 graph,
                 node,
@@ -113,7 +113,7 @@ def fuse_attention(graph: ir.Graph) -> None:
         past_value, value, _ = write_value.inputs
         query = node.inputs[0]
         rope = producer(query, "RoPE", DOMAIN)
-        rotated = rope is not None and key is rope.outputs[1] and _rotates(past_key, rope)
+        rotated = rope is not None and key is rope.outputs[1] and _rotates(past_key, rope.inputs[2])
         cos = sin = None
         if rope is not None and rotated:
             query, key, cos, sin = rope.inputs[:4]
@@ -215,16 +215,20 @@ def _same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
     return a is not None and b is not None and a.shape is not None and a.shape == b.shape
 
 
-def _rotates(past_key: ir.Value, rope: ir.Node) -> bool:
-    """Whether GroupQueryAttention can rotate heads of this size, and so much of each, itself."""
-    head_dim, half = extent(past_key, 3), extent(rope.inputs[2], 1)
-    return head_dim % _ROTARY_HEAD_DIM_MULTIPLE == 0 and half % _ROTARY_TABLE_MULTIPLE == 0
+def _rank(value: ir.Value | None) -> int:
+    return len(value.shape) if value is not None and value.shape is not None else 0
+
+
+def _rotates(past_key: ir.Value, cos: ir.Value | None) -> bool:
+    """Whether GroupQueryAttention can rotate heads of this size by tables of this width (P, R/2) itself."""
+    return extent(past_key, 3) % _ROTARY_HEAD_DIM_MULTIPLE == 0 and extent(cos, 1) % _ROTARY_TABLE_MULTIPLE == 0
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """(seqlens_k, total_sequence_length): valid length - 1 of each row, never negative; and the longest.
 
-    The second is an upper bound by which the operator sizes its scratch memory; the capacity would do, at a price.
+    The second is an upper bound by which the operator sizes its scratch memory, padding of new tokens included; the
+    capacity would do, at a price.
     """
     first = graph[0]
     offsets, lens = _input(graph, contract.SEQLEN_OFFSETS), _input(graph, contract.INPUT_LENS)
@@ -233,10 +237,10 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     (total,) = insert(graph, first, "Add", [offsets, lens])
     (last,) = insert(graph, first, "Sub", [total, one])
     (seqlens_k,) = insert(graph, first, "Max", [last, zero])
-    (longest,) = insert(graph, first, "ReduceMax", [total], {"keepdims": 0})
-    (longest,) = insert(
-        graph, first, "Max", [longest, _constant(graph, "least_total", ir.tensor(1, dtype=ir.DataType.INT32))]
-    )
+    (longest,) = insert(graph, first, "ReduceMax", [total])
+    (padded,) = insert(graph, first, "Shape", [_input(graph, contract.START_OFFSETS_KERNEL)], {"start": 1, "end": 2})
+    (padded,) = insert(graph, first, "Cast", [padded], {"to": int(ir.DataType.INT32)})
+    (longest,) = insert(graph, first, "Max", [longest, padded])
     return seqlens_k, longest
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..quantization import BlockQuantized, Form
+
 TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,11 +23,15 @@ TEXT_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """shape and dtype as `load` returns the tensor; stored: the form in the file (`BF16`, `Q4_1`)."""
+    """shape and dtype as `load` returns the tensor; stored: the type in the file (`BF16`, `Q4_1`).
+
+    form: as `blocks` returns the tensor; None if it can only be had in floats.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored: str
+    form: Form | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,13 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: the file no longer holds what it held when it was opened.
+        """
+
+    def blocks(self, name: str) -> BlockQuantized | None:
+        """One tensor as it is stored, not dequantised; None if its `TensorInfo.form` is None.
+
+        Raises:
+            CheckpointError: as of `load`; or one of its scales or minima is not a finite number.
         """
 
     def sha256(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from ... import CheckpointError
 from .. import registry
 from ..architecture import GgufLayout
+from ..quantization import BlockQuantized, Form
 from .base import CheckpointSource, TensorInfo, files_sha256
+from .gguf_blocks import form_of, read_rows
 from .gguf_config import read_config
 from .gguf_reader import GgufFile, GgufTensor, read_gguf
 from .gguf_tokenizer import tokenizer_files
@@ -61,7 +63,12 @@ class GgufCheckpoint:
         rope_factors = None if factors is None else _values(self._file, factors, None).float().flatten().numpy()
         self.config: dict[str, Any] = read_config(path, self._file, self._layout, architecture.names[0], rope_factors)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(tensor.shape, _FLOATS.get(tensor.type, torch.float32), tensor.type.name)
+            name: TensorInfo(
+                tensor.shape,
+                _FLOATS.get(tensor.type, torch.float32),
+                tensor.type.name,
+                form_of(tensor.type) if len(tensor.shape) == 2 else None,
+            )
             for name, tensor in self._stored.items()
         }
         weights: Counter[str] = Counter()
@@ -71,6 +78,31 @@ class GgufCheckpoint:
 
     def load(self, name: str) -> Tensor:
         """See `Checkpoint`."""
+        tensor, order = self._find(name)
+        values = _values(self._file, tensor, order)
+        self._file.release()
+        return values
+
+    def blocks(self, name: str) -> BlockQuantized | None:
+        """See `Checkpoint`."""
+        form = self.tensors[name].form
+        if form is None:
+            return None
+        tensor, order = self._find(name)
+        blocks = _blocks(self._file, tensor, form, order)
+        self._file.release()
+        if not all(part is None or part.isfinite().all() for part in (blocks.scales, blocks.offsets)):
+            raise CheckpointError(
+                f"{self._path}: {tensor.name} has a scale or minimum that is not a finite number; download it again"
+            )
+        return blocks
+
+    def sha256(self) -> dict[str, str]:
+        """See `Checkpoint`."""
+        return files_sha256([self._path])
+
+    def _find(self, name: str) -> tuple[GgufTensor, Tensor | None]:
+        """A tensor and which row each of its stored rows becomes, None if they lie in order."""
         if self._path.stat().st_size != len(self._file.mapping):
             raise CheckpointError(f"{self._path} changed its size since it was opened")
         tensor = self._stored[name]
@@ -81,13 +113,7 @@ class GgufCheckpoint:
             if tensor.shape[0] % (2 * heads):
                 raise CheckpointError(f"{self._path}: the {tensor.shape[0]} rows of {tensor.name} are no {heads} heads")
             order = _row_order(tensor.shape[0], heads)
-        values = _values(self._file, tensor, order)
-        self._file.release()
-        return values
-
-    def sha256(self) -> dict[str, str]:
-        """See `Checkpoint`."""
-        return files_sha256([self._path])
+        return tensor, order
 
 
 def _rename(path: Path, file: GgufFile, layout: GgufLayout) -> dict[str, GgufTensor]:
@@ -123,17 +149,36 @@ def _values(file: GgufFile, tensor: GgufTensor, order: Tensor | None) -> Tensor:
     one_row = len(tensor.shape) == 1 and tensor.type not in _FLOATS
     rows = 1 if one_row else tensor.shape[0]
     columns = math.prod(tensor.shape) // rows
-    stored = file.raw(tensor).reshape(rows, -1)
     values = torch.empty(rows, columns, dtype=dtype)
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part: NDArray[np.uint8] = stored[start : start + step]
-        where = slice(start, start + len(part)) if order is None else order[start : start + step]
+    for where, part in _chunks(file.raw(tensor).reshape(rows, -1), columns, order):
         if tensor.type in _FLOATS:
             values[where] = torch.from_numpy(part.copy()).view(dtype)
         else:
             values[where] = torch.from_numpy(dequantize(part, tensor.type))
     return values.reshape(tensor.shape)
+
+
+def _blocks(file: GgufFile, tensor: GgufTensor, form: Form, order: Tensor | None) -> BlockQuantized:
+    """The tensor (N, K), not dequantised; `order` as of `_values`."""
+    rows, columns = tensor.shape
+    codes = torch.empty(rows, columns * form.bits // 8, dtype=torch.uint8)
+    scales = torch.empty(rows, columns // form.block_size)
+    offsets = torch.empty_like(scales) if form.offsets else None
+    for where, part in _chunks(file.raw(tensor).reshape(rows, -1), columns, order):
+        for whole, read in zip((codes, scales, offsets), read_rows(part, tensor.type), strict=True):
+            if whole is not None and read is not None:
+                whole[where] = torch.from_numpy(read)
+    return BlockQuantized(form.bits, form.block_size, codes, scales, offsets)
+
+
+def _chunks(
+    stored: NDArray[np.uint8], columns: int, order: Tensor | None
+) -> Iterator[tuple[slice | Tensor, NDArray[np.uint8]]]:
+    """Some raw rows at a time, and where they belong."""
+    step = max(1, _CHUNK // columns)
+    for start in range(0, len(stored), step):
+        part = stored[start : start + step]
+        yield slice(start, start + len(part)) if order is None else order[start : start + step], part
 
 
 def _row_order(rows: int, heads: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""ONNX Runtime on the CPU: everything bound once, the KV cache updated in place.
+"""ONNX Runtime, on the CPU or by its CUDA provider: everything bound once, the KV cache updated in place.
 
 Inputs and logits live in buffers whose addresses never change; a binding a (cache, rows) pair holds the 2L state
-tensors, and a step only writes the small inputs and, when its shape differs from the last, binds them again.
+tensors, and a step only writes the small inputs and, when its shape differs from the last, binds them again. With
+CUDA the KV cache is in GPU memory, and ONNX Runtime copies the small inputs and the logits.
 """
 
 import itertools
@@ -9,16 +10,21 @@ import math
 import mmap
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import BundleError, EngineError
+from ... import EngineError
 from .. import contract
 from ..manifest import Contract, Limits
 from . import Float32, Int32, Int64, KvCache, check_step
 from .ort import onnxruntime as ort
+from .ort_session import Provider, open_session
+
+if TYPE_CHECKING:
+    from .cuda_memory import Device
+    from .device_cache import DeviceKvCache
 
 _ALIGNMENT = 64
 
@@ -86,18 +92,30 @@ class _Binding:
 class OnnxRuntimeEngine:
     """See `Engine`. One session, one set of input buffers: hold `lock` around a step and the use of its logits."""
 
-    def __init__(self, model: Path, spec: Contract, limits: Limits, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        spec: Contract,
+        limits: Limits,
+        *,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+        cuda: Any = None,
+    ) -> None:
         """Open a session.
 
         Args:
-            model: the lowered graph; its weights lie beside it and are mapped.
+            model: the lowered graph, for `cuda` the universal one; its weights lie beside it and are mapped.
             spec: the contract from the manifest.
             limits: capacity, rows and chunk to serve.
             threads: compute threads; None is one a physical core.
+            provider: where it runs.
+            cuda: `cuda.bindings.driver`, or what stands in for it; for `cuda` only.
 
         Raises:
             BundleError: ONNX Runtime cannot read the graph.
-            EngineError: the graph wants an input that this engine does not know.
+            EngineError: the graph wants an input that this engine does not know, or there is no GPU.
+            TargetUnavailableError: this ONNX Runtime has no such provider, or it does not work here.
         """
         known = {*contract.INPUTS}
         unknown = [tensor.role for tensor in spec.inputs if tensor.role not in known]
@@ -107,7 +125,8 @@ class OnnxRuntimeEngine:
         self.lock = threading.Lock()
         self._spec = spec
         self._names = {tensor.role: tensor.name for tensor in spec.inputs}
-        self._session: ort.InferenceSession | None = _open_session(model, threads)
+        self._device: Device | None = None
+        self._session: ort.InferenceSession | None = open_session(model, threads, provider)
         tokens = limits.max_batch * limits.max_chunk
         self._inputs = {
             role: np.zeros(tokens if len(shape) == 2 else limits.max_batch, dtype)
@@ -115,10 +134,23 @@ class OnnxRuntimeEngine:
         }
         self._logits = np.empty((limits.max_batch, limits.vocab_size), np.float32)
         self._buffers: dict[tuple[int, int, int], _StepBuffers] = {}
+        if provider == "cuda":
+            from . import cuda_memory
 
-    def allocate(self, rows: int) -> HostKvCache:
-        """See `Engine`."""
-        return HostKvCache(self._spec, self.limits, rows)
+            self._device = cuda_memory.Device(cuda)
+
+    def allocate(self, rows: int) -> "HostKvCache | DeviceKvCache":
+        """See `Engine`. With CUDA, DeviceMemoryError if it does not fit."""
+        if self._device is None:
+            return HostKvCache(self._spec, self.limits, rows)
+        from .device_cache import DeviceKvCache, StateLayout
+
+        positions = self.limits.capacity + self.limits.max_chunk
+        layouts = []
+        for state in self._spec.states:
+            _, heads, _, dim = state.shape
+            layouts.append(StateLayout(state.input, state.output, int(heads), positions, int(dim), state.dtype))
+        return DeviceKvCache(self._device, layouts, rows)
 
     def step(
         self,
@@ -132,7 +164,7 @@ class OnnxRuntimeEngine:
         """See `Engine`."""
         if self._session is None:
             raise EngineError("the engine is closed")
-        if not isinstance(cache, HostKvCache):
+        if not self._owns(cache):
             raise EngineError("the cache belongs to another engine")
         check_step(self.limits, cache.rows, first_row, input_ids, seqlen_offsets, input_lens, logit_positions)
         batch, length = input_ids.shape
@@ -146,6 +178,9 @@ class OnnxRuntimeEngine:
         binding = cache.bindings.get((first_row, batch)) or self._bind_states(cache, first_row, batch)
         if binding.buffers is not buffers:
             self._bind_buffers(binding, buffers)
+        if self._device is not None:
+            with self._device.entered():
+                self._device.synchronize()  # copies of rows; ONNX Runtime works on a stream of its own
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:  # ONNX Runtime raises its own unnamed types
@@ -155,6 +190,8 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """See `Engine`."""
         self._session = None
+        if self._device is not None:
+            self._device.close()
 
     def _make_buffers(self, shape: tuple[int, int, int]) -> _StepBuffers:
         rows = shape[0] * shape[2]
@@ -164,9 +201,21 @@ class OnnxRuntimeEngine:
         buffers = self._buffers[shape] = _StepBuffers(self._inputs, self._logits, shape)
         return buffers
 
-    def _bind_states(self, cache: HostKvCache, first_row: int, batch: int) -> _Binding:
+    def _owns(self, cache: KvCache) -> "TypeGuard[HostKvCache | DeviceKvCache]":
+        if self._device is None:
+            return isinstance(cache, HostKvCache)
+        return getattr(cache, "device", None) is self._device
+
+    def _bind_states(self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int) -> _Binding:
         assert self._session is not None
         io = self._session.io_binding()
+        if not isinstance(cache, HostKvCache):
+            for layout, address in zip(cache.layouts, cache.addresses(first_row), strict=True):
+                shape = (batch, layout.heads, layout.positions, layout.dim)
+                io.bind_input(layout.input, "cuda", 0, np.dtype(layout.dtype), shape, address)
+                io.bind_output(layout.output, "cuda", 0, np.dtype(layout.dtype), shape, address)
+            cache.bindings[first_row, batch] = bound = _Binding(io)
+            return bound
         for state, buffer in zip(self._spec.states, cache.buffers, strict=True):
             rows = _share(buffer[first_row : first_row + batch])
             io.bind_ortvalue_input(state.input, rows)
@@ -184,14 +233,3 @@ class OnnxRuntimeEngine:
 def _share(array: NDArray[Any]) -> ort.OrtValue:
     """The array's own memory as ONNX Runtime sees it; the array must outlive every step that uses the value."""
     return ort.OrtValue.ortvalue_from_numpy(array, "cpu")
-
-
-def _open_session(model: Path, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises its own unnamed types
-        raise BundleError(f"{model}: ONNX Runtime cannot open the graph: {error}") from error

@@ -7,13 +7,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from support import Eager, Lowered, PlainOnnx, export_graphs, open_engine, randomise, run_scenario
 
 from zonda.export.functions import DOMAIN
 from zonda.export.onnx_files import LOWERED, UNIVERSAL, check
 from zonda.models import layers
 from zonda.models.llama import Llama, LlamaConfig
+from zonda.models.quantization import Form
 
 CONFIG = LlamaConfig.read(
     {
@@ -32,12 +32,6 @@ ROWS = 32
 def make(directory, build=lambda rows: Llama(CONFIG, rows)):
     model = build(ROWS).eval()
     randomise(model)
-    for buffer in (b for n, b in model.named_buffers() if n.endswith(("codes", "scales", "offsets"))):
-        generator = torch.Generator().manual_seed(buffer.numel())
-        if buffer.is_floating_point():
-            buffer.uniform_(0.001, 0.02, generator=generator)
-        else:
-            buffer.random_(0, 127, generator=generator)
     state = dict(model.state_dict())
     return model, export_graphs(directory, build, state.__getitem__, ROWS)
 
@@ -104,7 +98,7 @@ def test_lowering_leaves_no_marker_where_the_fused_operators_fit(exported):
     operators = [node.op_type for node in lowered.graph]
     assert not any(node.domain == DOMAIN for node in lowered.graph)
     assert operators.count("GroupQueryAttention") == 2
-    assert operators.count("SkipSimplifiedLayerNormalization") == 3
+    assert operators.count("SkipSimplifiedLayerNormalization") == 4
     assert operators.count("FusedMatMul") == 2 * 5 + 1
     assert not lowered.functions
 
@@ -128,10 +122,10 @@ def test_exported_again_by_another_process_the_bytes_are_the_same(exported, tmp_
 def quantised(rows: int) -> Llama:
     """A Llama with quantised layers of every form in it."""
     model = Llama(CONFIG, rows)
-    model.lm_head = layers.QLinear(64, 61, bits=8, block_size=32, offsets=False)
+    model.lm_head = layers.QLinear(64, 61, Form(8, 32, offsets=False))
     for block, bits in zip(model.model.layers, (4, 8), strict=True):
-        block.mlp.up_proj = layers.QLinear(64, 96, bits, 32, offsets=True)
-        block.mlp.down_proj = layers.QLinear(96, 64, bits, 16, offsets=False)
+        block.mlp.up_proj = layers.QLinear(64, 96, Form(bits, 32, offsets=True))
+        block.mlp.down_proj = layers.QLinear(96, 64, Form(bits, 16, offsets=False))
         block.input_layernorm = layers.QRmsNorm(64, 1e-6)
     return model
 

@@ -8,11 +8,15 @@ from support import randomise
 from zonda.models import ops
 from zonda.models.cache import Cache
 from zonda.models.llama import Llama, LlamaConfig
-from zonda.models.ops.q_linear import unpack
+from zonda.models.ops.blocks import pack, unpack
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def bytes8(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
 def codes8(*shape: int) -> torch.Tensor:
@@ -32,8 +36,10 @@ SAMPLES = {
         ops.cached_attention,
         (normal(2, 3, 16), normal(2, 2, 9, 4), normal(2, 2, 9, 4), POSITIONS, normal(4), 4, 0.5, 2, 5.0),
     ),
-    "q_linear 8 bits": (ops.q_linear, (normal(2, 3, 8), codes8(5, 8), normal(5, 2), None, 8, 4)),
-    "q_linear 4 bits": (ops.q_linear, (normal(2, 8), codes8(5, 4).view(torch.uint8), normal(5, 2), normal(5, 2), 4, 4)),
+    "q_linear 8 bits": (ops.q_linear, (normal(2, 3, 8), bytes8(5, 8), normal(5, 2), None, 8, 4)),
+    "q_linear 4 bits": (ops.q_linear, (normal(2, 8), bytes8(5, 4), normal(5, 2), normal(5, 2), 4, 4)),
+    "q_embedding 8 bits": (ops.q_embedding, (POSITIONS, bytes8(6, 8), normal(6, 2), None, 8, 4)),
+    "q_embedding 4 bits": (ops.q_embedding, (POSITIONS, bytes8(6, 4), normal(6, 2), normal(6, 2), 4, 4)),
 }
 
 
@@ -131,22 +137,21 @@ def test_cached_attention_is_softmax_over_the_visible_keys(window, softcap, with
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_q_linear_is_codes_times_scales_plus_offsets(bits):
+def test_q_linear_and_q_embedding_are_centred_codes_times_scales_plus_offsets(bits):
     n, k, block = 5, 16, 8
     rng = np.random.default_rng(0)
-    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k))
+    codes, zero = rng.integers(0, 2**bits, (n, k)), 2 ** (bits - 1)
     scales, offsets, x = rng.normal(size=(n, 2)), rng.normal(size=(n, 2)), rng.normal(size=(3, k))
-    weight = codes * scales.repeat(block, 1) + offsets.repeat(block, 1)
-    if bits == 4:
-        nibbles = (codes & 0xF).astype(np.uint8)
-        stored = torch.from_numpy(nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
-    else:
-        stored = torch.from_numpy(codes.astype(np.int8))
-    assert torch.equal(unpack(stored, bits), torch.from_numpy(codes.astype(np.int8)))
+    weight = (codes - zero) * scales.repeat(block, 1) + offsets.repeat(block, 1)
+    stored = torch.from_numpy((codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes).astype(np.uint8))
+    assert torch.equal(unpack(stored, bits), torch.from_numpy(codes.astype(np.uint8)))
+    assert torch.equal(pack(unpack(stored, bits), bits), stored)
     found = ops.q_linear(
         *(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in (x, stored, scales, offsets)), bits, block
     )
     np.testing.assert_allclose(found.numpy(), x @ weight.T, rtol=1e-10)
+    rows = ops.q_embedding(POSITIONS % n, stored, torch.from_numpy(scales), torch.from_numpy(offsets), bits, block)
+    np.testing.assert_allclose(rows.numpy(), weight[POSITIONS % n], rtol=1e-10)
 
 
 def test_a_model_compiles_whole_and_dynamic():

@@ -9,6 +9,7 @@ from checkpoint_files import HEADS, HIDDEN, KV_HEADS, TOKENS, permute, weights, 
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
+from gguf_rows import KINDS, weight_rows
 
 from zonda import CheckpointError, UnsupportedArchitectureError
 from zonda.models import registry
@@ -60,6 +61,23 @@ def test_types_that_can_only_be_read_are_read(tmp_path, kind):
     checkpoint = open_checkpoint(write_model(tmp_path / "m.gguf", extra={"output.weight": (rows, kind)}))
     with np.errstate(all="ignore"):  # random bits make infinite scales
         np.testing.assert_array_equal(checkpoint.load("lm_head.weight").numpy(), dequantize(rows, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_blocks_are_the_loaded_tensor_row_by_row(tmp_path, kind, monkeypatch):
+    rows = weight_rows(kind, 256, 256, deviation=1, seed=0)
+    extra = {f"blk.0.attn_{name}.weight": (permute(rows, heads), kind) for name, heads in (("q", HEADS), ("v", 1))}
+    path = write_model(tmp_path / "m.gguf", extra=extra, drop=list(extra), hidden=256)
+    checkpoint = open_checkpoint(path)
+    for chunk in (1 << 20, 5 * 256):
+        monkeypatch.setattr(gguf_module, "_CHUNK", chunk)
+        for name in ("q", "v"):
+            tensor = f"model.layers.0.self_attn.{name}_proj.weight"
+            blocks = checkpoint.blocks(tensor)
+            assert blocks.form == checkpoint.tensors[tensor].form
+            assert torch.equal(blocks.dequantize(), checkpoint.load(tensor))
+            if name == "q":  # whose rows were permuted
+                assert torch.equal(blocks.dequantize(), torch.from_numpy(dequantize(rows, kind)))
 
 
 def test_a_type_that_cannot_be_read_is_refused_at_once(tmp_path):

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from zonda import CheckpointError
+from zonda.models import layers
 from zonda.models.checkpoints.base import CheckpointSource, TensorInfo
 from zonda.models.loading import load_weights, match_parameters
+from zonda.models.quantization import BlockQuantized, Form
+from zonda.models.quantize import quantized_forms
 
 
 @dataclass
@@ -16,6 +19,7 @@ class Held:
     """A checkpoint in memory."""
 
     held: dict[str, Tensor]
+    quantised: dict[str, BlockQuantized] = field(default_factory=dict)
     kind: str = "normal"
     source: CheckpointSource = CheckpointSource("held", "memory")  # noqa: RUF009
     config: dict = field(default_factory=dict)
@@ -23,10 +27,14 @@ class Held:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype)) for name, t in self.held.items()}
+        floats = {name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype)) for name, t in self.held.items()}
+        return floats | {n: TensorInfo(q.shape, torch.float32, "blocks", q.form) for n, q in self.quantised.items()}
 
     def load(self, name: str) -> Tensor:
-        return self.held[name]
+        return self.quantised[name].dequantize() if name in self.quantised else self.held[name]
+
+    def blocks(self, name: str) -> BlockQuantized | None:
+        return self.quantised.get(name)
 
     def sha256(self) -> dict[str, str]:
         return {}
@@ -89,6 +97,75 @@ def test_tied_weights_must_be_the_same_bytes():
 def test_an_untied_head_must_be_there():
     with pytest.raises(CheckpointError, match=r"held does not fit the model: 1 missing: lm_head\.weight"):
         match_parameters(model(tied=False), Held({"embed.weight": EMBED, "norm.weight": NORM}))
+
+
+def blocks(rows: int = 6, offsets: bool = True) -> BlockQuantized:
+    codes = torch.arange(rows * 32, dtype=torch.uint8).reshape(rows, 32)
+    scales = torch.arange(rows * 2).reshape(rows, 2).float()
+    return BlockQuantized(8, 16, codes, scales, -scales if offsets else None)
+
+
+def quantised_model(form: Form | None = None) -> nn.Module:
+    with torch.device("meta"):
+        made = nn.Module()
+        made.head = layers.QLinear(32, 6, form or blocks().form)
+    return made
+
+
+def test_codes_scales_and_offsets_come_from_one_tensor_read_once():
+    held = Held({}, {"head.weight": blocks()})
+    assert match_parameters(quantised_model(), held) == {
+        "head.codes": "head.weight",
+        "head.scales": "head.weight",
+        "head.offsets": "head.weight",
+    }
+    filled, reads, blocks_of = quantised_model(), [], held.blocks
+    held.blocks = lambda name: reads.append(name) or blocks_of(name)
+    load_weights(filled, held, dtype=torch.float64)
+    assert reads == ["head.weight"]
+    assert torch.equal(filled.head.codes, blocks().codes)
+    assert torch.equal(filled.head.scales, blocks().scales.double())
+    assert torch.equal(filled.head.offsets, -blocks().scales.double())
+
+
+def test_a_quantised_weight_must_be_there_in_its_shape_and_form():
+    wrong = {
+        "1 missing: head.weight": Held({}),
+        r"1 of another shape: head.weight \[5, 32\], expected \[6, 32\]": Held({}, {"head.weight": blocks(5)}),
+        "1 of another form: head.weight, which is blocks, expected 8 bits, blocks of 16, offsets": Held(
+            {}, {"head.weight": blocks(offsets=False)}
+        ),
+        r"1 of another form: head.weight, which is torch.float32": Held({"head.weight": torch.zeros(6, 32)}),
+    }
+    for words, held in wrong.items():
+        with pytest.raises(CheckpointError, match=words):
+            match_parameters(quantised_model(), held)
+
+
+class Tied(nn.Module):
+    def __init__(self, table: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed = table(6, 32)
+        self.lm_head = layers.Linear(32, 6)
+        self.lm_head.weight = self.embed.weight
+
+
+def test_a_shared_weight_is_quantised_if_all_who_share_it_can_hold_it():
+    held = Held({}, {"embed.weight": blocks()})
+    form = blocks().form
+    assert quantized_forms(Tied(layers.Embedding), held) == {"embed.weight": form, "lm_head.weight": form}
+    assert quantized_forms(Tied(nn.Embedding), held) == {}
+    both = Held({}, {"embed.weight": blocks(), "lm_head.weight": blocks(offsets=False)})
+    assert quantized_forms(Tied(layers.Embedding), both) == {}
+
+
+def test_a_subclass_of_linear_stays_what_it_is():
+    class Other(layers.Linear):
+        pass
+
+    made = nn.Module()
+    made.head = Other(32, 6)
+    assert quantized_forms(made, Held({}, {"head.weight": blocks()})) == {}
 
 
 def test_one_error_names_everything_that_is_wrong():

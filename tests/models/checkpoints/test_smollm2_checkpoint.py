@@ -65,6 +65,13 @@ def test_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
+def test_every_quantised_tensor_is_held_in_blocks_without_loss(checkpoint):
+    held = {name for name, info in checkpoint.tensors.items() if info.form is not None}
+    assert len(held) == 211
+    for name in held:
+        assert torch.equal(checkpoint.blocks(name).dequantize(), checkpoint.load(name)), name
+
+
 @pytest.mark.slow
 def test_every_tensor_is_bit_equal_to_what_transformers_dequantises(checkpoint, smollm2_gguf):
     transformers = pytest.importorskip("transformers")

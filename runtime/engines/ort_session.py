@@ -1,0 +1,43 @@
+"""Opening a graph with ONNX Runtime on one provider, and refusing any other in its place."""
+
+from pathlib import Path
+from typing import Literal
+
+from ... import BundleError, TargetUnavailableError
+from .ort import onnxruntime as ort
+
+Provider = Literal["cpu", "cuda"]
+
+_PROVIDERS: dict[Provider, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+
+
+def open_session(model: Path, threads: int | None, provider: Provider) -> ort.InferenceSession:
+    """A session on a provider, and on no other in its place.
+
+    Raises:
+        BundleError: ONNX Runtime cannot read the graph.
+        TargetUnavailableError: this ONNX Runtime has no such provider, or it does not work here.
+    """
+    wanted, *_ = providers = _PROVIDERS[provider]
+    if wanted not in ort.get_available_providers():
+        raise TargetUnavailableError(
+            f"the installed onnxruntime {ort.__version__} has no {wanted}, only {ort.get_available_providers()}; "
+            "pip uninstall onnxruntime, pip install 'zonda[cuda]' (the two share a name)"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises its own unnamed types
+        raise BundleError(f"{model}: ONNX Runtime cannot open the graph: {error}") from error
+    if session.get_providers()[0] != wanted:
+        raise TargetUnavailableError(
+            f"onnxruntime has fallen back from {wanted} to {session.get_providers()[0]}: it needs an NVIDIA GPU, its "
+            "driver, and the CUDA and cuDNN libraries that onnxruntime-gpu was built for"
+        )
+    return session

@@ -1,0 +1,12 @@
+"""The conformance tests compute on tiny arrays: more than one thread only makes the workers wait for each other."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,196 @@
+"""The very ONNX that TensorRT is given, run on the CPU, computes what the eager model computes.
+
+ONNX's reference evaluator runs the standard operators, Triton's interpreter the kernels of the plugin nodes. Nothing
+here says how TensorRT itself rounds; it says that the graph and the kernels are right.
+
+Tolerance, as a share of the largest |logit|: a logit of these two layers is the sum of some 60 roundings (weights,
+activations, states) of at most half a unit u each, independent: √60 · u of its standard deviation, which is a third
+of the largest logit; the worst of a few thousand lies 4.5 deviations out: 4.5 · √60 · u / 3 < 12 u.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from support import SCENARIOS, Eager, randomise, run_scenario
+
+from zonda.export.lower.tensorrt import lower, parse_plugins
+from zonda.export.tensorrt_build import write_onnx
+from zonda.export.universal import export_universal
+from zonda.models import layers
+from zonda.models.llama import Llama, LlamaConfig
+from zonda.plugins_trt import PLUGINS
+from zonda.runtime import contract
+from zonda.runtime.engines.ort import onnxruntime as ort
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install -e '.[plugins]'"
+)
+
+ROWS = 40
+TOLERANCE = 12
+UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CONFIG = LlamaConfig.read(
+    {
+        "vocab_size": 61,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def make(rows: int) -> Llama:
+    model = Llama(CONFIG, rows)
+    model.model.layers[0].input_layernorm = layers.QRmsNorm(64, 1e-6)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    made = make(ROWS).eval()
+    randomise(made)
+    norm = made.model.layers[0].input_layernorm
+    norm.codes.random_(-127, 128, generator=torch.Generator().manual_seed(0))
+    norm.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+@pytest.fixture(scope="module")
+def universal():
+    with torch.device("meta"):
+        return export_universal(make(ROWS))
+
+
+@pytest.fixture(scope="module")
+def interpret():
+    """`interpret(marker, tensors)` in a process that never compiles."""
+    from zonda.plugins_trt.kernels import interpreter
+
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        yield lambda marker, tensors: pool.submit(interpreter.interpret, marker, tensors).result()
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    array = array.copy()  # constants are read-only, and torch warns of that
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def plugin_operators(interpret) -> list[type[OpRun]]:
+    """The plugin nodes as operators of the evaluator, that run the kernels and count it."""
+
+    def operator(name: str) -> type[OpRun]:
+        def run(self, *inputs, **attributes):
+            values = {field.name: field.kind(attributes[field.name]) for field in PLUGINS[name].fields}
+            outputs = interpret(PLUGINS[name].create(values), [to_torch(array) for array in inputs])
+            return tuple(to_numpy(tensor) for tensor in outputs)
+
+        return type(name, (OpRun,), {"op_domain": "zonda", "_run": run})
+
+    return [operator(name) for name in PLUGINS]
+
+
+class Graph:
+    """An executor of steps over states that are passed by hand. run: inputs by name -> outputs in the graph's order."""
+
+    def __init__(self, run, model: Llama, rows: int, dtype) -> None:
+        self.run = run
+        self.states = {}
+        for layer, shape in enumerate(model.kv_shapes):
+            for kind, dim in (("key", shape.key_dim), ("value", shape.value_dim)):
+                name = contract.state_names(layer, kind)[0]
+                self.states[name] = np.zeros((rows, shape.num_key_value_heads, ROWS, dim), dtype)
+
+    def step(self, ids, offsets, lens, positions):
+        start = offsets[:, None].astype(np.int64) + np.arange(ids.shape[1])
+        feed = dict(zip(contract.INPUTS, (ids, offsets, start, lens, positions), strict=True))
+        logits, *presents = self.run(feed | self.states)
+        self.states = dict(zip(self.states, presents, strict=True))
+        assert logits.dtype == np.float32
+        return logits
+
+
+@pytest.fixture(scope="module", params=list(UNITS))
+def evaluator(request, universal, model, interpret, tmp_path_factory):
+    """(dtype, run) of the graph with all plugins."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tensors = dict(model.state_dict()) | dict(model.named_buffers(remove_duplicate=False))
+    path = write_onnx(folder, lower(universal, request.param, ROWS), tensors.__getitem__)
+    reference = ReferenceEvaluator(onnx.load(path), new_ops=plugin_operators(interpret))
+    return request.param, lambda feed: reference.run(None, feed)
+
+
+def feed_and_compare(executor, model, steps) -> float:
+    """The largest error of a logit, as a share of the largest logit."""
+    rows = len(steps[0])
+    tokens = np.random.default_rng(7).integers(0, CONFIG.vocab_size, (rows, 32))
+    wanted = run_scenario(Eager(model, rows, ROWS), tokens, steps)
+    found = run_scenario(executor(rows), tokens, steps)
+    largest = max(np.abs(row).max() for row in wanted if row.size)
+    return max(np.abs(a - b).max() for a, b in zip(found, wanted, strict=True) if a.size) / largest
+
+
+@pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)
+def test_the_graph_with_interpreted_kernels_equals_the_eager_model(evaluator, model, steps):
+    dtype, run = evaluator
+    error = feed_and_compare(lambda rows: Graph(run, model, rows, NUMPY[dtype]), model, steps)
+    assert error < TOLERANCE * UNITS[dtype]
+
+
+@pytest.fixture(scope="module")
+def session(universal, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("none")
+    tensors = dict(model.state_dict()) | dict(model.named_buffers(remove_duplicate=False))
+    path = write_onnx(folder, lower(universal, "float16", ROWS, parse_plugins("none")), tensors.__getitem__)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it says at every step that the cache was not bound in place
+    return ort.InferenceSession(path, options)
+
+
+@pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)
+def test_the_graph_without_plugins_on_onnx_runtime_equals_the_eager_model(session, model, steps):
+    def run(feed):
+        return session.run(None, feed)
+
+    error = feed_and_compare(lambda rows: Graph(run, model, rows, np.float16), model, steps)
+    assert error < TOLERANCE * UNITS["float16"]
+
+
+def test_the_tolerance_is_not_blind(evaluator, model):
+    """A position that is one too high for RoPE and mask alike moves the logits by more."""
+    dtype, run = evaluator
+
+    def shifted(feed):
+        return run(
+            feed
+            | {contract.START_OFFSETS_KERNEL: feed[contract.START_OFFSETS_KERNEL] + (feed["input_lens"] > 1)[:, None]}
+        )
+
+    error = feed_and_compare(
+        lambda rows: Graph(shifted, model, rows, NUMPY[dtype]), model, SCENARIOS["continuation after decode"]
+    )
+    assert error > 2 * TOLERANCE * UNITS[dtype]
