@@ -50,6 +50,9 @@ LONGROPE = {
     "long_factor": [2.0 + i / 3 for i in range(8)],
     "rope_theta": 1e4,
 }
+OLD_LONGROPE = {key: value for key, value in LONGROPE.items() if key != "rope_theta" and key != "rope_type"} | {
+    "type": "longrope"
+}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.1,
@@ -216,6 +219,61 @@ def test_asking_for_the_last_token_alone_changes_no_logit(case, scenario):
     tolerance = RELATIVE_TOLERANCE * np.abs(reference).max()
     for row, position, logits in run_for_last_tokens(executors["lowered"](rows), tokens[:rows], steps):
         np.testing.assert_allclose(logits, reference[row, position], rtol=0, atol=tolerance)
+
+
+# family, its configuration as older files have it (keys absent, so the family's defaults count), one constant off
+TELLING = [
+    ("mistral", {"sliding_window": 5}, {"sliding_window": 6}),
+    ("mistral", {"sliding_window": 5}, {"sliding_window": None}),
+    ("qwen2", QWEN_WINDOW, {"max_window_layers": 0}),
+    ("qwen2", {}, {"rope_theta": 2e4}),
+    ("qwen3", {"head_dim": 16}, {"rms_norm_eps": 1e-4}),
+    ("gemma", {"head_dim": 16}, {"norm_offset": 0.9}),
+    ("gemma2", {"head_dim": 16, "sliding_window": 5}, {"sliding_window": 4}),
+    ("gemma2", {"head_dim": 16, "sliding_window": 5}, {"query_pre_attn_scalar": 224}),
+    ("gemma2", {"head_dim": 16, "sliding_window": 5}, {"attn_logit_softcapping": 30.0}),
+    ("gemma2", {"head_dim": 16, "sliding_window": 5}, {"final_logit_softcapping": None}),
+    ("gemma3_text", GEMMA_LAYERS | {"head_dim": 16, "sliding_window": 5}, {"rope_theta": 2e6}),
+    ("gemma3_text", GEMMA_LAYERS | {"head_dim": 16, "sliding_window": 5}, {"rope_local_base_freq": 2e4}),
+    ("gemma3_text", {"head_dim": 16, "sliding_window": 5}, {"sliding_window_pattern": 2}),
+    ("phi", {}, {"layer_norm_eps": 1e-3}),
+    ("phi", {}, {"partial_rotary_factor": 0.25}),
+    ("phi", {}, {"hidden_act": "gelu"}),
+    ("phi3", {"sliding_window": 6}, {"sliding_window": None}),
+    ("phi3", {"rope_scaling": OLD_LONGROPE, "original_max_position_embeddings": 24}, {"rope_scaling": None}),
+    (
+        "phi3",
+        {"rope_scaling": OLD_LONGROPE, "original_max_position_embeddings": 24},
+        {"original_max_position_embeddings": 16},
+    ),
+    ("starcoder2", {"sliding_window": 5}, {"sliding_window": 6}),
+    ("starcoder2", {}, {"norm_epsilon": 1e-3}),
+    ("stablelm", {}, {"partial_rotary_factor": 0.5}),
+    ("olmo2", {}, {"rms_norm_eps": 1e-3}),
+    ("olmo2", {}, {"rope_theta": 2e4}),
+    *(("granite", GRANITE, {name: 1.01 * value}) for name, value in GRANITE.items()),
+    ("granite", {}, {"attention_multiplier": 0.99}),
+    ("smollm3", {"num_hidden_layers": 4}, {"no_rope_layer_interval": 3}),
+    ("smollm3", {"num_hidden_layers": 4}, {"no_rope_layers": [1, 1, 1, 1]}),
+    ("smollm3", {}, {"rope_theta": 4e6}),
+]
+
+
+@pytest.mark.parametrize(("family", "config", "change"), TELLING)
+def test_an_older_config_reads_the_same_and_the_tolerance_sees_a_wrong_constant(family, config, change):
+    hf = make_reference(family, config)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 32))
+    with torch.no_grad():
+        reference = hf(torch.from_numpy(tokens)).logits.numpy()[0]
+    architecture = registry.find(type(hf).__name__)
+    errors = []
+    for values in (SIZES | config, SIZES | config | change):
+        model = architecture.build(architecture.read_config(values), ROWS).eval()
+        model.load_state_dict(hf.state_dict())
+        (logits,) = run_scenario(Eager(model, 1, ROWS), tokens, [[32]])
+        errors.append(np.abs(logits - reference).max() / np.abs(reference).max())
+    assert errors[0] <= RELATIVE_TOLERANCE
+    assert errors[1] > 10 * RELATIVE_TOLERANCE
 
 
 REFUSED = [
