@@ -7,6 +7,7 @@ sandbox, and every way in which a value can grow is bounded before it grows. Kno
 import datetime
 import functools
 import json
+import os
 import re
 import string
 import sys
@@ -29,6 +30,8 @@ from jinja2.utils import Joiner, Namespace
 from .. import ChatTemplateError, RequestError
 
 _FILENAME = "<chat template>"
+_OWN_FILES = (_FILENAME, __file__)
+_OWN_FOLDERS = tuple(folder + os.sep for module in (jinja2, json) for folder in module.__path__)
 _MAX_SECONDS = 2.0
 _MAX_EVENTS = 2_000_000  # template lines executed and functions called; a long conversation takes some thousands
 _MAX_SIZE = 4 << 20  # characters and elements of one value, besides four times the input
@@ -341,15 +344,21 @@ def _weigh_output(context: Context, value: Any) -> Any:
 
 @contextmanager
 def _deadline() -> Iterator[None]:
-    """Count what the block executes in this thread, and end it when it is too much or takes too long."""
+    """Count what the block executes in this thread, and end it when it is too much or takes too long.
+
+    Any Python function may be called in between: what the garbage collector runs (finalisers, `gc.callbacks`) is. An
+    exception there would be swallowed and the tracing be over, so only code that a template runs is interrupted.
+    """
     started, events = time.monotonic(), 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ARG001
         nonlocal events
         events += 1
-        if events > _MAX_EVENTS or time.monotonic() - started > _MAX_SECONDS:
+        file = frame.f_code.co_filename
+        over = events > _MAX_EVENTS or time.monotonic() - started > _MAX_SECONDS
+        if over and (file in _OWN_FILES or file.startswith(_OWN_FOLDERS)):
             raise ChatTemplateError("the chat template does not come to an end")
-        return trace if frame.f_code.co_filename == _FILENAME else None
+        return trace if file == _FILENAME else None
 
     before = sys.gettrace()
     sys.settrace(trace)

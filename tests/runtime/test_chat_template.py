@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import gc
 import json
 import resource
 import sys
@@ -12,6 +13,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from zonda import ChatTemplateError, RequestError
+from zonda.runtime import template_sandbox
 from zonda.runtime.chat_template import ChatTemplate
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -411,6 +413,26 @@ def test_a_hostile_template_is_refused_for_what_it_does_in_little_time_and_memor
         ChatTemplate(source, **SPECIAL).render(TALK, tools=TOOLS)
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
+
+
+def test_what_the_garbage_collector_calls_does_not_end_the_deadline(monkeypatch):
+    """Exceptions in its callbacks are swallowed, and with them what would have interrupted the template."""
+    monkeypatch.setattr(template_sandbox, "_MAX_SECONDS", 0.2)
+    late = []
+
+    def sleep_once(phase, info):
+        if sys.gettrace() is not None and not late:  # that is, within the rendering
+            late.append(phase)
+            time.sleep(0.3)
+            sleep_once(phase, info)  # a call after the deadline
+
+    gc.callbacks.append(sleep_once)
+    try:
+        with pytest.raises(ChatTemplateError, match="does not come to an end"):
+            ChatTemplate("{{ [1]|slice(3000000)|list }}").render(TALK)
+    finally:
+        gc.callbacks.remove(sleep_once)
+    assert late
 
 
 def test_a_namespace_does_not_print_what_it_holds():
