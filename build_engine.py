@@ -72,7 +72,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     """
     import torch
 
-    from zonda.export import compare, describe, device_plan, plan, proof, tensorrt_target, universal, weights
+    from zonda.export import describe, device_plan, plan, proof, tensorrt_target, universal, weights
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
@@ -144,15 +144,17 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 except ParityError as error:
                     if lowered is None:
                         raise
+                    from zonda.export import compare
+
                     with steps.step("find where they part"):
-                        prompts = [prompt.tolist() for prompt in recorded.golden.prompts]
                         spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
-                        finding = compare.locate_in_build(staging, module, load, spec, limits, prompts)
+                        finding = compare.locate_in_build(staging, module, load, spec, limits, recorded.prompts)
                     raise compare.explain(error, finding) from error
             if options.reference == "transformers":
                 with steps.step("prove the eager model against transformers"):
-                    found = prove_eager(model, checkpoint.source.revision, recorded.golden, THRESHOLDS["float32"])
-                    proven = proven.with_reference(found)
+                    revision = checkpoint.source.revision
+                    proven = proven.with_reference(prove_eager(model, revision, recorded.exact, THRESHOLDS["float32"]))
+            recorded.exact.unlink()
         with steps.step("seal the bundle"):
             manifest = describe.make_manifest(
                 checkpoint,

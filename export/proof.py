@@ -5,13 +5,13 @@ what went wrong between the checkpoint and the bundle's weight file. It cannot s
 The engine runs in a process of its own: its memory is not on top of the exporter's, and a crash is a failed build.
 """
 
+import ctypes
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -46,14 +46,20 @@ _TEXTS = (
     "first window of the street, looks to the west, where the clouds stand like a wall that nobody built, and says "
     "what is said every year: that it has never been so strong, and that it will come back before the harvest.",
 )
-_LONGEST = 192
+_LONGEST = 128
+_EXACT = "golden-exact.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What the eager model computed, exactly, and the proof of the weights that it computed with."""
+    """What the eager model computed, and the proof of the weights that it computed with.
 
-    golden: Golden
+    exact: the golden data with all logits, in a file of the unfinished bundle that must go before it is sealed: they
+    are large, and the engine's process needs the memory. prompts: token ids.
+    """
+
+    exact: Path
+    prompts: list[list[int]]
     weights: WeightReport
 
 
@@ -64,9 +70,11 @@ class Proof:
     target: Parity
     universal: Parity | None = None
 
-    def with_reference(self, report: ReferenceReport) -> Self:
+    def with_reference(self, report: ReferenceReport) -> "Proof":
         """With the proof of the eager model itself."""
-        return replace(self, target=msgspec.structs.replace(self.target, reference_proof=report))
+        target = msgspec.structs.replace(self.target, reference_proof=report)
+        universal = self.universal and msgspec.structs.replace(self.universal, reference_proof=report)
+        return Proof(target, universal)
 
 
 def unproven(status: Literal["pending", "off"], reason: str, weights: WeightReport | None = None) -> Proof:
@@ -118,7 +126,8 @@ def record(
 
     golden = run_eager(module, load_checked, prompts)
     golden.digest().save(staging / GOLDEN)
-    return Recorded(golden, written.finish(load))
+    golden.save(staging / _EXACT)
+    return Recorded(staging / _EXACT, [prompt.tolist() for prompt in prompts], written.finish(load))
 
 
 def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, thresholds: Thresholds) -> Proof:
@@ -128,25 +137,36 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
         ParityError: one of them computes something else, or the process died.
     """
     spec = make_contract(module.kv_shapes, limits.vocab_size)
-    with tempfile.TemporaryDirectory(prefix="zonda-proof-") as scratch:
-        folder = Path(scratch)
-        recorded.golden.save(folder / GOLDEN)
-        longest = max(len(prompt) for prompt in recorded.golden.prompts)
-        tight = msgspec.structs.replace(limits, capacity=longest)  # bodies compute over the whole capacity
-        graphs = {"universal": (str(staging / UNIVERSAL), tight)}
-        if (staging / LOWERED).is_file():
-            graphs = {"onnxruntime": (str(staging / LOWERED), limits), **graphs}
-        request = ProofRequest(graphs, spec, str(folder / GOLDEN), thresholds.name)
-        (folder / "request.json").write_bytes(msgspec.json.encode(request))
-        command = [sys.executable, "-m", "zonda.runtime.parity", str(folder / "request.json")]
-        result = subprocess.run(command, capture_output=True, check=False)
+    longest = max(map(len, recorded.prompts))
+    # Bodies compute over the whole buffer, so it is no longer than the prompts need.
+    tight = msgspec.structs.replace(limits, capacity=longest, max_chunk=min(limits.max_chunk, longest))
+    graphs = {"universal": ProofRequest(str(staging / UNIVERSAL), spec, tight, thresholds.name, as_stored=True)}
+    if (staging / LOWERED).is_file():
+        graphs = {"onnxruntime": ProofRequest(str(staging / LOWERED), spec, limits, thresholds.name), **graphs}
+    proven = {
+        name: msgspec.structs.replace(_prove_elsewhere(name, request, recorded.exact), weights=recorded.weights)
+        for name, request in graphs.items()
+    }
+    return Proof(proven.get("onnxruntime", proven["universal"]), proven["universal"])
+
+
+def _prove_elsewhere(name: str, request: ProofRequest, golden: Path) -> Parity:
+    """Make one proof in a process of its own."""
+    _give_back_memory()
+    command = [sys.executable, "-m", "zonda.runtime.parity", str(golden)]
+    result = subprocess.run(command, input=msgspec.json.encode(request), capture_output=True, check=False)
     if result.returncode:
         words = result.stderr.decode(errors="replace").strip()
         died = "" if result.returncode == 1 else f"the engine died (exit status {result.returncode}): "
-        raise ParityError(f"{died}{words[-2000:]}")
-    proven = msgspec.json.decode(result.stdout, type=dict[str, Parity])
-    found = {name: msgspec.structs.replace(parity, weights=recorded.weights) for name, parity in proven.items()}
-    return Proof(found.get("onnxruntime", found["universal"]), found["universal"])
+        raise ParityError(f"{name}: {died}{words[-2000:]}")
+    return msgspec.json.decode(result.stdout, type=Parity)
+
+
+def _give_back_memory() -> None:
+    """Return what was freed to the system, where the C library keeps it: the engine needs it now (100 MB measured)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[NDArray[np.int64]]:

@@ -59,8 +59,9 @@ def assert_engine_matches(
     chosen, _ = choose_target(opened, target)
     golden = _record(opened, reference, prompts)
     engine = open_engine(opened, chosen, opened.manifest.limits)
+    thresholds = chosen.parity.thresholds or THRESHOLDS[chosen.dtype]
     try:
-        return prove(engine, golden, chosen.parity.thresholds or THRESHOLDS[chosen.dtype])
+        return prove(engine, golden, thresholds, reference=getattr(reference, "__name__", str(reference)))
     except ParityError as error:
         raise AssertionError(str(error)) from None
     finally:

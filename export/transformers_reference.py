@@ -45,12 +45,12 @@ def load_transformers(model: str, revision: str | None = None) -> Any:
         raise BuildError(f"transformers cannot load {model}: {error}") from error
 
 
-def prove_eager(model: str, revision: str | None, golden: Golden, thresholds: Thresholds) -> ReferenceReport:
+def prove_eager(model: str, revision: str | None, exact: Path, thresholds: Thresholds) -> ReferenceReport:
     """Compare what the eager model recorded with transformers; the whole float32 model is in memory meanwhile.
 
     Args:
         model, revision: as of `load_transformers`.
-        golden: with its full logits.
+        exact: golden data with all logits.
         thresholds: of float32.
 
     Raises:
@@ -59,6 +59,7 @@ def prove_eager(model: str, revision: str | None, golden: Golden, thresholds: Th
     """
     import transformers
 
+    golden = Golden.read(exact)
     other = load_transformers(model, revision)
     with torch.no_grad():
         logits = [other(torch.from_numpy(prompt)[None]).logits[0].float().numpy() for prompt in golden.prompts]

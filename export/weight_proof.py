@@ -18,7 +18,7 @@ Places = dict[str, tuple[int, int]]
 
 
 class WrittenWeights:
-    """The weight file of an unfinished bundle, mapped, and where its graphs say that each initialiser lies."""
+    """The weight file of an unfinished bundle, and where its graphs say that each initialiser lies."""
 
     def __init__(self, staging: Path, packs: Mapping[str, Sequence[str]]) -> None:
         """Read both graphs.
@@ -31,7 +31,7 @@ class WrittenWeights:
             ParityError: the graphs do not point at the same bytes.
         """
         self._places, self._file = _places(staging / UNIVERSAL)
-        self._bytes = np.memmap(staging / DIRECTORY / self._file, np.uint8, "r")
+        self._path = staging / DIRECTORY / self._file
         self._left = set(self._places)
         self._compared = 0
         if not (staging / LOWERED).is_file():
@@ -54,7 +54,7 @@ class WrittenWeights:
             return
         want = as_stored(tensor)
         start, size = self._places[name]
-        data = self._bytes[start : start + size]
+        data = np.fromfile(self._path, np.uint8, size, offset=start)  # read, not mapped: nothing of it stays in memory
         if size != want.nbytes or not np.array_equal(data, want.reshape(-1).view(np.uint8)):
             raise ParityError(f"{DIRECTORY}/{self._file}: {name} is not the checkpoint's: {_difference(data, want)}")
         self._left.remove(name)

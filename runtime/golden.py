@@ -24,6 +24,7 @@ FORMAT = "zonda-golden-1"
 BUCKETS = 64
 KEPT = 16
 """Largest logits kept a token: the ten of the overlap, and some that the reference holds for nearly as likely."""
+_TOGETHER = 16  # tokens that are worked on at once: the float64 copies of all would be larger than many a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,15 @@ class Golden:
             logits: (N, V), of all tokens of all rows, row by row.
             states: of each row the T state tensors (Hkv, length, D).
         """
-        best = largest(logits, KEPT)
-        order = np.argsort(-np.take_along_axis(logits, best, 1), axis=1, kind="stable")
-        best = np.take_along_axis(best, order, 1)
+        best = np.concatenate([_likeliest(logits[i : i + _TOGETHER]) for i in range(0, len(logits), _TOGETHER)])
         flat = [[state.astype(np.float64).ravel() for state in row] for row in states]
         return cls(
             prompts=tuple(prompts),
             vocab_size=logits.shape[1],
             top_ids=best.astype(np.int32),
             top_logits=np.take_along_axis(logits, best, 1),
-            norms=np.linalg.norm(logits.astype(np.float64), axis=1),
-            peaks=np.abs(logits).max(1),
+            norms=np.array([np.linalg.norm(row.astype(np.float64)) for row in logits]),
+            peaks=np.array([np.abs(row).max() for row in logits]),
             sketches=sketch(logits),
             kv_norms=np.array([[np.linalg.norm(state) for state in row] for row in flat]),
             kv_sketches=np.array([[sketch(state[None])[0] for state in row] for row in flat]),
@@ -90,6 +89,10 @@ class Golden:
 
     def compare_logits(self, tokens: NDArray[np.intp], got: NDArray[np.float32]) -> Deviations:
         """Compare logits (n, V) with those of the tokens (n,), exactly if the full logits are here."""
+        parts = [slice(start, start + _TOGETHER) for start in range(0, len(tokens), _TOGETHER)]
+        return Deviations.join([self._compare(tokens[part], got[part]) for part in parts])
+
+    def _compare(self, tokens: NDArray[np.intp], got: NDArray[np.float32]) -> Deviations:
         if self.logits is not None:
             return deviations(self.logits[tokens], got)
         rows = np.arange(len(tokens))
@@ -157,6 +160,13 @@ class Golden:
                 return cls(prompts, int(metadata["vocab_size"]), **arrays, logits=tensors.get("logits"))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise BundleError(f"{path} is not readable golden data: {error}") from error
+
+
+def _likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Indices of the sixteen largest of each row, largest first: (n, V) -> (n, 16)."""
+    best = largest(logits, KEPT)
+    order = np.argsort(-np.take_along_axis(logits, best, 1), axis=1, kind="stable")
+    return np.take_along_axis(best, order, 1)
 
 
 _ARRAYS = ("top_ids", "top_logits", "norms", "peaks", "sketches", "kv_norms", "kv_sketches")

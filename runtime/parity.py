@@ -1,7 +1,7 @@
 """The engine's side of the parity proof: an engine against golden data, teacher-forced, judged by one table.
 
 Numpy only, so that a host that serves can run it. Where golden data come from is `export`'s matter.
-`python -m zonda.runtime.parity REQUEST` makes the proof in a process of its own.
+`python -m zonda.runtime.parity GOLDEN` makes the proof in a process of its own.
 """
 
 import sys
@@ -21,12 +21,16 @@ from .schedules import Schedule, quick_schedules, schedules
 
 
 class ProofRequest(msgspec.Struct, frozen=True):
-    """What to prove: graphs for ONNX Runtime by name, with path and limits, and what they should give."""
+    """What to prove: a graph for ONNX Runtime by its path, how to drive it, and the thresholds' name.
 
-    graphs: dict[str, tuple[str, Limits]]
+    as_stored: see `OnnxRuntimeEngine`.
+    """
+
+    model: str
     contract: Contract
-    golden: str
+    limits: Limits
     thresholds: str
+    as_stored: bool = False
 
 
 def prove(
@@ -34,6 +38,7 @@ def prove(
     golden: Golden,
     thresholds: Thresholds,
     *,
+    reference: str = "eager float32, the same definition",
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Parity:
@@ -43,6 +48,7 @@ def prove(
         engine: any target.
         golden: exact at build time, a digest in a bundle.
         thresholds: of the engine's class of numerics.
+        reference: what computed the golden data, in words.
         quick: the shortest prompt only.
         progress: called with the name of each schedule before it runs.
 
@@ -57,7 +63,7 @@ def prove(
         reports.setdefault(schedule.name, []).append(_run(engine, golden, thresholds, schedule))
     return Parity(
         status="passed",
-        reference="eager float32, the same definition",
+        reference=reference,
         thresholds=thresholds,
         max_logit=golden.scale,
         schedules=tuple(_report(name, found) for name, found in reports.items()),
@@ -194,22 +200,22 @@ def _report(name: str, found: Sequence[_Found]) -> ScheduleReport:
     )
 
 
-def main(request_file: str) -> int:
-    """Prove what a JSON `ProofRequest` asks; the records go to standard output, an error and status 1 elsewhere."""
+def main(golden_file: str) -> int:
+    """Prove what the `ProofRequest` on standard input asks, by golden data in a file.
+
+    The record goes to standard output as JSON; an error to standard error, with status 1.
+    """
     from .engines.onnxruntime import OnnxRuntimeEngine
 
-    request = msgspec.json.decode(Path(request_file).read_bytes(), type=ProofRequest)
-    golden, proven = Golden.read(Path(request.golden)), {}
-    for name, (model, limits) in request.graphs.items():
-        try:
-            engine = OnnxRuntimeEngine(Path(model), request.contract, limits)
-            proven[name] = prove(engine, golden, THRESHOLDS[request.thresholds])
-            engine.close()
-            del engine  # its memory, before the next one is opened
-        except ZondaError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            return 1
-    sys.stdout.buffer.write(msgspec.json.encode(proven))
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProofRequest)
+    try:
+        model, as_stored = Path(request.model), request.as_stored
+        engine = OnnxRuntimeEngine(model, request.contract, request.limits, as_stored=as_stored)
+        parity = prove(engine, Golden.read(Path(golden_file)), THRESHOLDS[request.thresholds])
+    except ZondaError as error:
+        print(error, file=sys.stderr)
+        return 1
+    sys.stdout.buffer.write(msgspec.json.encode(parity))
     return 0
 
 

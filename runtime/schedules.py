@@ -11,6 +11,8 @@ from .manifest import Limits
 
 DECODED = 4
 """Tokens at the end of a prompt that come one by one where a schedule is about something else."""
+_SCORED = 32
+"""New tokens of a row where the logits of several rows are asked for at once: they would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def schedules(lengths: Sequence[int], limits: Limits) -> list[Schedule]:
     if rows > 1:
         ragged = [_prefill_then_decode(lengths[row], limits.max_chunk) for row in batch]
         plans.append(Schedule("ragged batch", batch, _steps(ragged), last_only=True))
-        woven = [_continued(lengths[row], limits.max_chunk, start) for start, row in enumerate(batch)]
+        woven = [_continued(lengths[row], min(limits.max_chunk, _SCORED), start) for start, row in enumerate(batch)]
         plans.append(Schedule("continuation with idle rows", batch, _steps(woven)))
     else:
         plans.append(Schedule("continuation", (longest,), _steps([_continued(lengths[longest], limits.max_chunk, 0)])))

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import tiny_tokenizer
 
@@ -64,3 +66,22 @@ def test_peak_memory_does_not_follow_the_weights(tmp_path):
         sizes.append(4 * parameters)
     assert sizes[1] - sizes[0] > 700e6
     assert peaks[1] - peaks[0] < 150e6
+
+
+def test_a_build_with_its_proof_takes_no_more_than_it_says(smollm2_gguf, tmp_path, request):
+    """1.5 GB for SmolLM2-135M, whose float32 weights are 0.54 GB: the exporter and the engine's process together."""
+    command = [sys.executable, "build_engine.py", str(smollm2_gguf), "-o", str(tmp_path / "out")]
+    build = psutil.Popen(command, cwd=request.config.rootpath, stdout=subprocess.DEVNULL)
+    peak = samples = 0
+    while build.poll() is None:
+        resident = 0
+        for process in (build, *build.children(recursive=True)):
+            try:
+                resident += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        peak, samples = max(peak, resident), samples + 1
+        time.sleep(0.02)
+    assert build.returncode == 0
+    assert samples > 100
+    assert peak < 1.5e9

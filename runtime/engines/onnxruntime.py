@@ -101,6 +101,7 @@ class OnnxRuntimeEngine:
         threads: int | None = None,
         provider: Provider = "cpu",
         cuda: Any = None,
+        as_stored: bool = False,
     ) -> None:
         """Open a session.
 
@@ -111,6 +112,7 @@ class OnnxRuntimeEngine:
             threads: compute threads; None is one a physical core.
             provider: where it runs.
             cuda: `cuda.bindings.driver`, or what stands in for it; for `cuda` only.
+            as_stored: slower, with half the memory: see `open_session`.
 
         Raises:
             BundleError: ONNX Runtime cannot read the graph.
@@ -126,7 +128,7 @@ class OnnxRuntimeEngine:
         self._spec = spec
         self._names = {tensor.role: tensor.name for tensor in spec.inputs}
         self._device: Device | None = None
-        self._session: ort.InferenceSession | None = open_session(model, threads, provider)
+        self._session: ort.InferenceSession | None = open_session(model, threads, provider, as_stored=as_stored)
         tokens = limits.max_batch * limits.max_chunk
         self._inputs = {
             role: np.zeros(tokens if len(shape) == 2 else limits.max_batch, dtype)

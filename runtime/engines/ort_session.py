@@ -14,8 +14,17 @@ _PROVIDERS: dict[Provider, list[str]] = {
 }
 
 
-def open_session(model: Path, threads: int | None, provider: Provider) -> ort.InferenceSession:
+def open_session(
+    model: Path, threads: int | None, provider: Provider, *, as_stored: bool = False
+) -> ort.InferenceSession:
     """A session on a provider, and on no other in its place.
+
+    Args:
+        model: the graph.
+        threads: compute threads; None is one a physical core.
+        provider: which.
+        as_stored: compute with the weights as they lie in their file, without copies transposed or packed for speed:
+            half the memory, for a graph that runs a few steps only.
 
     Raises:
         BundleError: ONNX Runtime cannot read the graph.
@@ -31,8 +40,11 @@ def open_session(model: Path, threads: int | None, provider: Provider) -> ort.In
     options.log_severity_level = 4  # errors come as exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
+    if as_stored:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    folding = ["ConstantFolding"] if as_stored else None
     try:
-        session = ort.InferenceSession(model, options, providers=providers)
+        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=folding)
     except Exception as error:  # ONNX Runtime raises its own unnamed types
         raise BundleError(f"{model}: ONNX Runtime cannot open the graph: {error}") from error
     if session.get_providers()[0] != wanted:

@@ -24,6 +24,7 @@ def test_the_engine_matches_its_checkpoint(tiny_bundle, tiny_folder):
 def test_the_engine_matches_transformers(tiny_bundle, tiny_folder):
     parity = assert_engine_matches(tiny_bundle, f"transformers:{tiny_folder}", PROMPTS)
     assert all(report.kv_error is None for report in parity.schedules)
+    assert parity.reference == f"transformers:{tiny_folder}"
 
 
 def test_any_function_may_be_the_reference_and_a_difference_is_an_assertion(tiny_bundle, tiny_reference):
