@@ -42,6 +42,21 @@ SIZES = {
     "max_position_embeddings": ROWS,
     "pad_token_id": 0,
 }
+LLAMA = {
+    "hidden_size": 96,
+    "intermediate_size": 144,
+    "num_attention_heads": 6,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 5e5,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 5e4}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 LONGROPE = {
@@ -64,6 +79,16 @@ GEMMA_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 
 CONFIGS: dict[str, dict[str, dict]] = {
+    "llama": {
+        "multi-head": LLAMA | {"num_key_value_heads": 6},
+        "3 heads a group, tied": LLAMA | {"tie_word_embeddings": True},
+        "4 heads a group": LLAMA | {"num_attention_heads": 8, "hidden_size": 128},
+        "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+        "head_dim 24, not hidden/heads": LLAMA | {"head_dim": 24},
+        "head_dim 10, no fused attention": LLAMA | {"head_dim": 10},
+        "llama3 rope": LLAMA | {"rope_parameters": LLAMA3},
+        "yarn rope": LLAMA | {"rope_parameters": YARN},
+    },
     "mistral": {
         "window 5 in every layer": {"sliding_window": 5},
         "no window, head_dim not hidden/heads": {"sliding_window": None, "head_dim": 32},
@@ -223,6 +248,8 @@ def test_asking_for_the_last_token_alone_changes_no_logit(case, scenario):
 
 # family, its configuration as older files have it (keys absent, so the family's defaults count), one constant off
 TELLING = [
+    ("llama", LLAMA, {"rope_theta": 2e4}),
+    ("llama", LLAMA, {"rms_norm_eps": 1e-4}),
     ("mistral", {"sliding_window": 5}, {"sliding_window": 6}),
     ("mistral", {"sliding_window": 5}, {"sliding_window": None}),
     ("qwen2", QWEN_WINDOW, {"max_window_layers": 0}),
@@ -319,7 +346,7 @@ def test_what_is_not_computed_is_refused(family, change, message):
         architecture.read_config(good | change)
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, "llama"])
+@pytest.mark.parametrize("family", CONFIGS)
 def test_the_file_is_short(family):
     path = Path(registry.__file__).with_name(f"{family.removesuffix('_text')}.py")
     assert len(path.read_text().splitlines()) <= 200
@@ -327,4 +354,4 @@ def test_the_file_is_short(family):
 
 def test_every_architecture_is_tested():
     names = {name for architecture in registry.ARCHITECTURES for name in architecture.names}
-    assert names == {class_name(family) for family in [*CONFIGS, "llama"]}
+    assert names == {class_name(family) for family in CONFIGS}
