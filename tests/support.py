@@ -13,7 +13,9 @@ from zonda.export.describe import make_contract
 from zonda.export.lower.onnxruntime import lower
 from zonda.export.universal import export_universal
 from zonda.export.weights import plan_layout
+from zonda.models import layers
 from zonda.models.cache import Cache
+from zonda.models.llama import Llama, LlamaConfig
 from zonda.runtime import contract
 from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.engines.ort import onnxruntime as ort
@@ -45,6 +47,36 @@ def randomise(model: nn.Module, seed: int = 0, norm: float = 1.0) -> None:
             parameter.normal_(norm, 0.2, generator=generator)
         else:
             parameter.normal_(0, 0.2, generator=generator)
+
+
+TWO_LAYERS = LlamaConfig.read(
+    {
+        "vocab_size": 61,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def with_quantised_norm(rows: int) -> Llama:
+    """A Llama of two layers, the first of whose norms is a QRmsNorm: all markers that have a plugin."""
+    model = Llama(TWO_LAYERS, rows)
+    model.model.layers[0].input_layernorm = layers.QRmsNorm(64, 1e-6)
+    return model
+
+
+def random_with_quantised_norm(rows: int) -> Llama:
+    """The same, filled."""
+    made = with_quantised_norm(rows).eval()
+    randomise(made)
+    norm = made.model.layers[0].input_layernorm
+    norm.codes.random_(-127, 128, generator=torch.Generator().manual_seed(0))
+    norm.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
+    return made
 
 
 class Executor(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support import randomise
+from support import TWO_LAYERS, random_with_quantised_norm, randomise, with_quantised_norm
 
 from zonda import BuildError
 from zonda.export import tensorrt_build, tensorrt_worker
@@ -17,7 +17,7 @@ from zonda.export.lower.tensorrt import lower, parse_plugins
 from zonda.export.tensorrt_build import build_plan, check_capabilities, make_profiles, write_onnx
 from zonda.export.universal import export_universal
 from zonda.models import layers
-from zonda.models.llama import Llama, LlamaConfig
+from zonda.models.llama import Llama
 from zonda.models.quantization import Form
 from zonda.plugins_trt import PLUGINS, CubinLibrary
 from zonda.runtime.manifest import Limits
@@ -31,39 +31,17 @@ needs_triton = pytest.mark.skipif(
 
 LIMITS = Limits(capacity=32, max_batch=4, max_chunk=16, vocab_size=61)
 ROWS = LIMITS.capacity + LIMITS.max_chunk
-CONFIG = LlamaConfig.read(
-    {
-        "vocab_size": 61,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-)
-
-
-def make(rows: int) -> Llama:
-    model = Llama(CONFIG, rows)
-    model.model.layers[0].input_layernorm = layers.QRmsNorm(64, 1e-6)
-    return model
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    made = make(ROWS).eval()
-    randomise(made)
-    norm = made.model.layers[0].input_layernorm
-    norm.codes.random_(-127, 128, generator=torch.Generator().manual_seed(0))
-    norm.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
-    return made
+    return random_with_quantised_norm(ROWS)
 
 
 @pytest.fixture(scope="module")
 def universal() -> ir.Model:
     with torch.device("meta"):
-        return export_universal(make(ROWS))
+        return export_universal(with_quantised_norm(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +262,7 @@ def test_every_plugin_has_a_name_for_the_command_line():
 @pytest.mark.parametrize("offsets", [False, True])
 def test_block_quantised_linears_are_refused_until_their_codes_are_repacked(tmp_path, kernel_cache, bits, offsets):
     def quantised(rows: int) -> Llama:
-        made = Llama(CONFIG, rows)
+        made = Llama(TWO_LAYERS, rows)
         made.model.layers[1].mlp.up_proj = layers.QLinear(64, 96, Form(bits, 32, offsets))
         return made
 

@@ -21,13 +21,19 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from support import SCENARIOS, Eager, randomise, run_scenario
+from support import (
+    SCENARIOS,
+    TWO_LAYERS,
+    Eager,
+    random_with_quantised_norm,
+    run_scenario,
+    with_quantised_norm,
+)
 
 from zonda.export.lower.tensorrt import lower, parse_plugins
 from zonda.export.tensorrt_build import write_onnx
 from zonda.export.universal import export_universal
-from zonda.models import layers
-from zonda.models.llama import Llama, LlamaConfig
+from zonda.models.llama import Llama
 from zonda.plugins_trt import PLUGINS
 from zonda.runtime import contract
 from zonda.runtime.engines.ort import onnxruntime as ort
@@ -40,39 +46,17 @@ ROWS = 40
 TOLERANCE = 12
 UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-CONFIG = LlamaConfig.read(
-    {
-        "vocab_size": 61,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-)
-
-
-def make(rows: int) -> Llama:
-    model = Llama(CONFIG, rows)
-    model.model.layers[0].input_layernorm = layers.QRmsNorm(64, 1e-6)
-    return model
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    made = make(ROWS).eval()
-    randomise(made)
-    norm = made.model.layers[0].input_layernorm
-    norm.codes.random_(-127, 128, generator=torch.Generator().manual_seed(0))
-    norm.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
-    return made
+    return random_with_quantised_norm(ROWS)
 
 
 @pytest.fixture(scope="module")
 def universal():
     with torch.device("meta"):
-        return export_universal(make(ROWS))
+        return export_universal(with_quantised_norm(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +131,7 @@ def evaluator(request, universal, model, interpret, tmp_path_factory):
 def feed_and_compare(executor, model, steps) -> float:
     """The largest error of a logit, as a share of the largest logit."""
     rows = len(steps[0])
-    tokens = np.random.default_rng(7).integers(0, CONFIG.vocab_size, (rows, 32))
+    tokens = np.random.default_rng(7).integers(0, TWO_LAYERS.vocab_size, (rows, 32))
     wanted = run_scenario(Eager(model, rows, ROWS), tokens, steps)
     found = run_scenario(executor(rows), tokens, steps)
     largest = max(np.abs(row).max() for row in wanted if row.size)
