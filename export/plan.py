@@ -19,6 +19,7 @@ from ..runtime.manifest import Limits
 _TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
 _GRAPH_BYTES_PER_LAYER = 1 << 20  # traced and translated graph, in memory
 _FILES_BYTES = 32 << 20  # tokenizer, graphs, manifest
+_GOLDEN_TOKENS = 4 * 128  # the prompts of the proof, padded: the eager model gives logits of each, and they are kept
 _ITEM = 4  # bytes of an element: the engine computes in float32
 
 
@@ -60,7 +61,8 @@ def make_plan(model: CausalModel, limits: Limits) -> Plan:
     row = kv * (limits.capacity + limits.max_chunk)
     # mapped weights, their packed copies, a row of cache, logits and activations of a chunk
     engine = 2 * weights + row + limits.vocab_size * _ITEM * limits.max_batch + (256 << 20)
-    build = _TOOLS_BYTES + len(shapes) * _GRAPH_BYTES_PER_LAYER + 2 * largest
+    golden = _GOLDEN_TOKENS * (3 * limits.vocab_size * _ITEM + kv)
+    build = _TOOLS_BYTES + len(shapes) * _GRAPH_BYTES_PER_LAYER + 2 * largest + golden
     available = psutil.virtual_memory().available
     needed = _TOOLS_BYTES + engine
     provable = needed <= available

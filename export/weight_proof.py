@@ -16,6 +16,8 @@ from .onnx_files import DIRECTORY, LOWERED, UNIVERSAL, as_stored
 
 Places = dict[str, tuple[int, int]]
 
+_TOGETHER = 1 << 24  # values compared at once: the checks of a large tensor need no second and third copy of it
+
 
 class WrittenWeights:
     """The weight file of an unfinished bundle, and where its graphs say that each initialiser lies."""
@@ -52,11 +54,18 @@ class WrittenWeights:
         """
         if name not in self._left:
             return
-        want = as_stored(tensor)
         start, size = self._places[name]
-        data = np.fromfile(self._path, np.uint8, size, offset=start)  # read, not mapped: nothing of it stays in memory
-        if size != want.nbytes or not np.array_equal(data, want.reshape(-1).view(np.uint8)):
-            raise ParityError(f"{DIRECTORY}/{self._file}: {name} is not the checkpoint's: {_difference(data, want)}")
+        flat = tensor.reshape(-1)
+        done = 0
+        for begin in range(0, flat.numel(), _TOGETHER):
+            want = as_stored(flat[begin : begin + _TOGETHER])
+            data = np.fromfile(self._path, np.uint8, min(want.nbytes, size - done), offset=start + done)
+            if not np.array_equal(data, want.view(np.uint8)):
+                place = _difference(data, want, begin, tuple(tensor.shape))
+                raise ParityError(f"{DIRECTORY}/{self._file}: {name} is not the checkpoint's: {place}")
+            done += want.nbytes
+        if done != size:
+            raise ParityError(f"{DIRECTORY}/{self._file}: {name} has {size:,} bytes, the checkpoint's {done:,}")
         self._left.remove(name)
         self._compared += size
 
@@ -84,13 +93,17 @@ def _places(path: Path) -> tuple[Places, str]:
     return places, file
 
 
-def _difference(data: np.ndarray, want: np.ndarray) -> str:
+def _difference(data: np.ndarray, want: np.ndarray, start: int, shape: tuple[int, ...]) -> str:
+    """What differs in a part of a tensor of `shape` that begins at its element `start`."""
     if data.size != want.nbytes:
-        return f"{data.size:,} bytes instead of {want.nbytes:,}"
-    found = data.view(want.dtype).reshape(want.shape)
-    different = found != want
-    first = tuple(int(i) for i in np.argwhere(different)[0])
+        return "it is cut off"
+    found = data.view(want.dtype)
+    different = np.flatnonzero(found != want)
+    if not len(different):  # the same numbers in other bytes
+        different = np.flatnonzero((data != want.view(np.uint8)).reshape(len(want), -1).any(1))
+    first = int(different[0])
+    index = [int(i) for i in np.unravel_index(start + first, shape)]
     return (
-        f"{int(different.sum()):,} of {want.size:,} values differ, first at {list(first)}: "
-        f"{found[first]:.6g} instead of {want[first]:.6g}"
+        f"{len(different):,} of {len(want):,} values differ, first at {index}: {found[first]:.6g} instead of "
+        f"{want[first]:.6g}"
     )
