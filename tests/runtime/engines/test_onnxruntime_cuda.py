@@ -46,7 +46,11 @@ class CpuSession:
 @pytest.fixture
 def cuda(monkeypatch):
     opened = room.open_session
-    monkeypatch.setattr(room, "open_session", lambda model, threads, _: CpuSession(opened(model, threads, "cpu")))
+    monkeypatch.setattr(
+        room,
+        "open_session",
+        lambda model, threads, provider, **options: CpuSession(opened(model, threads, "cpu", **options)),
+    )
     found = FakeCuda()
     yield found
     assert found.live() == 0
@@ -103,7 +107,7 @@ def test_a_silent_fall_back_to_the_cpu_is_refused(tiny_bundle, monkeypatch):
     monkeypatch.setattr(
         room.ort,
         "InferenceSession",
-        lambda model, options, providers: original(model, options, providers=providers[1:]),
+        lambda model, options, providers, **more: original(model, options, providers=providers[1:], **more),
     )
     with pytest.raises(TargetUnavailableError, match="fallen back from CUDAExecutionProvider to CPUExecutionProvider"):
         Pipeline.load(tiny_bundle, target="onnxruntime-cuda")
