@@ -70,9 +70,9 @@ def test_python_blocks_are_python(page):
 
 def test_the_guide_names_what_exists():
     """Every type and function that the guide tells to use is there under that name."""
-    from zonda.models import architecture, cache, config, layers, ops
+    from zonda.models import architecture, cache, config, decoder, layers, ops
 
-    known = {**vars(architecture), **vars(cache), **vars(config), **vars(layers), **vars(ops)}
+    known = {**vars(architecture), **vars(cache), **vars(config), **vars(decoder), **vars(layers), **vars(ops)}
     guide = (ROOT / "docs/adding-a-model.md").read_text()
     for name in re.findall(r"`([A-Za-z]+)\(", guide) + re.findall(r"`([A-Z][A-Za-z]+)`", guide):
         if name not in ("Cache", "B", "K", "V"):

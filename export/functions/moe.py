@@ -20,7 +20,7 @@ def body(  # type: ignore[no-untyped-def]
 ):
     """See `models.ops.moe`. `limit` 0 stands for the largest float."""
     chosen, ids = op.TopK(router_logits, op.Reshape(op.Constant(value_int=top_k), op.Constant(value_ints=[1])))
-    over_all = op.GatherElements(op.Softmax(router_logits, axis=-1), ids, axis=-1)
+    over_all = op.GatherElements(op.Softmax(router_logits, axis=-1), ids, axis=2)
     among_chosen = op.Equal(op.Constant(value_int=normalize), op.Constant(value_int=1))
     weights = op.Where(among_chosen, op.Softmax(chosen, axis=-1), over_all)
     last = op.Constant(value_ints=[-1])
@@ -54,7 +54,7 @@ def biases_body(  # type: ignore[no-untyped-def]
 ):
     """The same with biases."""
     chosen, ids = op.TopK(router_logits, op.Reshape(op.Constant(value_int=top_k), op.Constant(value_ints=[1])))
-    over_all = op.GatherElements(op.Softmax(router_logits, axis=-1), ids, axis=-1)
+    over_all = op.GatherElements(op.Softmax(router_logits, axis=-1), ids, axis=2)
     among_chosen = op.Equal(op.Constant(value_int=normalize), op.Constant(value_int=1))
     weights = op.Where(among_chosen, op.Softmax(chosen, axis=-1), over_all)
     last = op.Constant(value_ints=[-1])
