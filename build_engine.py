@@ -80,6 +80,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models import registry
     from zonda.models.checkpoints import open_checkpoint
     from zonda.models.loading import match_parameters
+    from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
 
     tensorrt = _tensorrt_targets(options)
@@ -95,6 +96,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     with steps.step("read the checkpoint"):
         checkpoint = open_checkpoint(model, revision=options.revision, offline=options.offline)
         architecture = registry.of_config(checkpoint.config)
+        checkpoint = stacked(checkpoint, architecture.stacks)
         config = architecture.read_config(checkpoint.config)
         limits = _limits(config.max_position_embeddings, config.vocab_size, options)
         with torch.device("meta"):

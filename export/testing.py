@@ -114,11 +114,13 @@ def _run_eager(checkpoint: str, opened: "Bundle", rows: "Sequence[NDArray[np.int
     from ..models import registry
     from ..models.checkpoints import open_checkpoint
     from ..models.loading import match_parameters
+    from ..models.stacking import stacked
     from .onnx_files import tensor_source
     from .proof import run_eager
 
     source = open_checkpoint(checkpoint)
     architecture = registry.of_config(source.config)
+    source = stacked(source, architecture.stacks)
     limits = opened.manifest.limits
     with torch.device("meta"):
         module = architecture.for_rows(architecture.read_config(source.config), limits.capacity, limits.max_chunk)

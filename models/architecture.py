@@ -38,6 +38,21 @@ class GgufLayout:
         return f"{known.format(layer[1] if layer else '')}.{kind}" if known is not None else None
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One parameter of a layer's experts, (E, N, …), and what checkpoints make it of; see `stacking.py`.
+
+    parameter: its name; `{layer}` stands for the number of the layer.
+    sources: names of the tensors whose rows take turns in it, with `{layer}`, and with `{expert}.` where each expert
+        has one (N, …). The name without `{expert}.` serves too: one tensor (E, N, …) with all experts in it.
+    transposed: the last two dimensions are stored the other way round.
+    """
+
+    parameter: str
+    sources: tuple[str, ...]
+    transposed: bool = False
+
+
 class CausalModel(nn.Module):
     """What every architecture's module is.
 
@@ -77,6 +92,7 @@ class Architecture:
     build: (config, max_positions) -> the torch module, to be called under `torch.device("meta")` or not;
         max_positions is the number of rows of its RoPE tables.
     ignored: checkpoint tensors, as `fnmatch` patterns, that carry nothing (old rotary buffers).
+    stacks: how parameters of experts come from the checkpoint's tensors.
     """
 
     names: tuple[str, ...]
@@ -84,6 +100,7 @@ class Architecture:
     build: Callable[[Any, int], CausalModel]
     gguf: GgufLayout | None = None
     ignored: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     def for_rows(self, config: Any, capacity: int, padding: int) -> CausalModel:
         """The module for rows of `capacity` tokens, with RoPE tables for `padding` positions more.

@@ -29,11 +29,13 @@ class ConfigReader:
         """Whether `key` is there and not null."""
         return self._values.get(key) is not None
 
-    def integer(self, key: str, default: int = _REQUIRED, *, minimum: int = 1) -> int:
-        """An integer of at least `minimum`."""
+    def integer(self, key: str, default: int = _REQUIRED, *, minimum: int = 1, maximum: int | None = None) -> int:
+        """An integer of at least `minimum` and at most `maximum`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self._wrong(key, f"an integer of at least {minimum}", value)
+        if maximum is not None and value > maximum:
+            raise self._wrong(key, f"an integer of at most {maximum}", value)
         return value
 
     def number(self, key: str, default: float = _REQUIRED, *, positive: bool = True) -> float:
@@ -52,13 +54,13 @@ class ConfigReader:
         """A positive number; `default` if `key` is absent, 0 if it is null."""
         return self.number(key) if self.has(key) else (0.0 if key in self._values else default)
 
-    def integers(self, key: str, length: int, default: Sequence[int]) -> tuple[int, ...]:
-        """A list of `length` integers, none negative."""
+    def integers(self, key: str, length: int | None, default: Sequence[int]) -> tuple[int, ...]:
+        """A list of `length` integers, none negative; of any number of them if it is None."""
         value = self._get(key, list(default))
-        if not isinstance(value, list) or len(value) != length:
-            raise self._wrong(key, f"a list of {length} integers", value)
+        if not isinstance(value, list) or length not in (None, len(value)):
+            raise self._wrong(key, "a list of integers" if length is None else f"a list of {length} integers", value)
         items = ConfigReader({f"{key}[{i}]": v for i, v in enumerate(value)}, self.where)
-        return tuple(items.integer(f"{key}[{i}]", minimum=0) for i in range(length))
+        return tuple(items.integer(f"{key}[{i}]", minimum=0) for i in range(len(value)))
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of `length` numbers."""

@@ -12,7 +12,7 @@ from . import ops
 from .architecture import CausalModel
 from .cache import Cache, KvShape, LayerCache
 from .config import DecoderConfig
-from .layers import ACTIVATIONS, Embedding, Linear, RotaryEmbedding, gather_tokens
+from .layers import ACTIVATIONS, Embedding, Experts, Linear, RotaryEmbedding, gather_tokens
 
 GGUF_TENSORS: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
@@ -143,6 +143,19 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, H) -> (B, S, H)."""
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseMoe(nn.Module):
+    """Mixture of experts; the linear `gate` scores them for each token."""
+
+    def __init__(self, hidden_size: int, experts: Experts) -> None:
+        super().__init__()
+        self.gate = Linear(hidden_size, experts.down_proj.shape[0])
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, H) -> (B, S, H)."""
+        return self.experts(x, self.gate(x))
 
 
 class Block(nn.Module):

@@ -136,6 +136,44 @@ class QEmbedding(BlockQuantizedWeight):
         return ops.q_embedding(input_ids, self.codes, self.scales, self.offsets, self.form.bits, self.form.block_size)
 
 
+class Experts(nn.Module):
+    """Gated experts: gate_up_proj (E, 2*I, H), rows of gate and up in turn, down_proj (E, H, I), and biases if any.
+
+    Checkpoints have other forms; see `stacking.py`. alpha, beta, limit: see `ops.moe`; the defaults are SwiGLU.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        top_k: int,
+        normalize: bool,
+        bias: bool = False,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        limit: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape), requires_grad=False)
+
+        self.gate_up_proj = parameter(2 * intermediate_size, hidden_size)
+        self.down_proj = parameter(hidden_size, intermediate_size)
+        self.gate_up_proj_bias = parameter(2 * intermediate_size) if bias else None
+        self.down_proj_bias = parameter(hidden_size) if bias else None
+        self.top_k = top_k
+        self.normalize = normalize
+        self.swiglu = (alpha, beta, limit)
+
+    def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
+        """x (B, S, H), router_logits (B, S, E) -> (B, S, H)."""
+        weights = (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
+        return ops.moe(x, router_logits, *weights, self.top_k, self.normalize, *self.swiglu)
+
+
 class RotaryEmbedding(nn.Module):
     """RoPE of q and k at the tokens' absolute positions; holds the tables cos and sin (P, R/2), float32."""
 

@@ -8,14 +8,17 @@ from .architecture import Architecture
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
+from .gpt_oss import GPT_OSS
 from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
@@ -35,6 +38,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     OLMO2,
     GRANITE,
     SMOLLM3,
+    MIXTRAL,
+    QWEN3_MOE,
+    GPT_OSS,
 )
 
 GUIDE = "docs/adding-a-model.md"

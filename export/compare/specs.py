@@ -20,6 +20,7 @@ from ...models.architecture import CausalModel
 from ...models.checkpoints import open_checkpoint
 from ...models.checkpoints.base import Checkpoint
 from ...models.loading import match_parameters
+from ...models.stacking import stacked
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.loader import choose_target, open_engine
 from ...runtime.manifest import Limits, Target
@@ -103,7 +104,8 @@ class Source:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint; raises `CheckpointError`."""
-        return open_checkpoint(self.spec.source)
+        checkpoint = open_checkpoint(self.spec.source)
+        return stacked(checkpoint, registry.of_config(checkpoint.config).stacks)
 
     @cached_property
     def _config(self) -> Any:
@@ -123,7 +125,7 @@ class Source:
     def _module(self) -> tuple[CausalModel, Callable[[str], Tensor]]:
         architecture = registry.of_config(self.checkpoint.config)
         with torch.device("meta"):
-            module = architecture.build(self._config, self.limits.capacity + self.limits.max_chunk)
+            module = architecture.for_rows(self._config, self.limits.capacity, self.limits.max_chunk)
         names = match_parameters(module, self.checkpoint, architecture.ignored)
         return module, reader(module, tensor_source(module, self.checkpoint, names))
 

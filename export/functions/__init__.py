@@ -9,6 +9,7 @@ from .add_rms_norm import ADD_RMS_NORM
 from .cached_attention import CACHED_ATTENTION
 from .kv_cache_update import KV_CACHE_UPDATE
 from .marker import DOMAIN, VERSION, Marker, register_schemas
+from .moe import MOE
 from .q_embedding import Q_EMBEDDING
 from .q_linear import Q_LINEAR
 from .q_rms_norm import Q_RMS_NORM
@@ -23,6 +24,7 @@ MARKERS: tuple[Marker, ...] = (
     CACHED_ATTENTION,
     Q_LINEAR,
     Q_EMBEDDING,
+    MOE,
 )
 
 LOWERED_MARKERS: tuple[Marker, ...] = (ADD_RMS_NORM,)

@@ -14,7 +14,7 @@ _TOKENWISE = {
     *((op, "") for op in ("Add", "Sub", "Mul", "Div", "Neg", "MatMul", "Cast", "Sigmoid", "Tanh", "Erf", "Gelu")),
     *((op, "") for op in ("LayerNormalization", "SimplifiedLayerNormalization")),
     *((op, MICROSOFT) for op in ("FusedMatMul", "QuickGelu", "SkipSimplifiedLayerNormalization")),
-    *((op, DOMAIN) for op in ("RmsNorm", "QRmsNorm", "QLinear")),
+    *((op, DOMAIN) for op in ("RmsNorm", "QRmsNorm", "QLinear", "MoE")),
 }
 """Operators that compute each token (B, S, …) from the same token of their inputs; Split does along the last axis."""
 

@@ -41,6 +41,7 @@ def lower(universal: ir.Model) -> Lowered:
     drop_unused(model)
     gather_early(model.graph)
     fuse_norms(model.graph)
+    fuse_experts(model.graph)
     clean(model)
     return Lowered(model, packs)
 
@@ -95,6 +96,32 @@ def fuse_norms(graph: ir.Graph) -> None:
             attributes = {"epsilon": eps, "axis": -1, "stash_type": 1}
             (normed,) = insert(graph, node, "SimplifiedLayerNormalization", [x, weight], attributes)
         replace(node.outputs[0], normed)
+
+
+def fuse_experts(graph: ir.Graph) -> None:
+    """MoE -> ONNX Runtime's MoE, which runs each expert once, over the tokens that chose it."""
+    for node in list(graph):
+        if node.op_type != "MoE" or node.domain != DOMAIN:
+            continue
+        x, router_logits, gate_up, down, *biases = node.inputs
+        up_bias, down_bias = biases or (None, None)
+        num_experts = extent(gate_up, 0)
+        shape = _constant(graph, f"scores_of_{num_experts}", ir.tensor([-1, num_experts], dtype=ir.DataType.INT64))
+        (scores,) = insert(graph, node, "Reshape", [router_logits, shape])
+        attributes = {
+            "k": node.attributes["top_k"].as_int(),
+            "normalize_routing_weights": node.attributes["normalize"].as_int(),
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,  # rows of gate and up in turn
+            "activation_alpha": node.attributes["alpha"].as_float(),
+            "activation_beta": node.attributes["beta"].as_float(),
+        }
+        limit = node.attributes["limit"].as_float()
+        if limit:
+            attributes["swiglu_limit"] = limit
+        inputs = [x, scores, gate_up, up_bias, down, down_bias]
+        (mixed,) = insert(graph, node, "MoE", inputs, attributes, domain=MICROSOFT)
+        replace(node.outputs[0], mixed)
 
 
 def fuse_attention(graph: ir.Graph) -> None:
@@ -249,6 +276,9 @@ def _input(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initialiser `name`, made of `tensor` if it is not there yet."""
+    if name in graph.initializers:
+        return graph.initializers[name]
     value = ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
     )

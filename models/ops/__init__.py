@@ -6,6 +6,7 @@ A marker's eager result is the reference that every engine is held to. Every op 
 
 from .cached_attention import cached_attention
 from .kv_cache_update import kv_cache_update
+from .moe import moe
 from .q_embedding import q_embedding
 from .q_linear import q_linear
 from .q_rms_norm import q_rms_norm
@@ -15,6 +16,7 @@ from .rope import rope, rope_single
 __all__ = [
     "cached_attention",
     "kv_cache_update",
+    "moe",
     "q_embedding",
     "q_linear",
     "q_rms_norm",

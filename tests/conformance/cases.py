@@ -315,6 +315,39 @@ def q_linear(draw: Any) -> Case:
 
 
 @st.composite
+def moe(draw: Any) -> Case:
+    """One expert of several to all of them, with and without biases and limit; scores so far apart that none tie."""
+    rng = draw(_random())
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    experts, width, inner = (
+        draw(st.integers(1, 6)),
+        draw(st.sampled_from([4, 8, 33])),
+        draw(st.sampled_from([3, 8, 16])),
+    )
+    ranks = rng.permuted(np.broadcast_to(np.arange(experts), (batch, length, experts)), axis=-1)
+    biased = draw(st.booleans())
+    inputs = {
+        "x": rng.normal(size=(batch, length, width)),
+        "router_logits": ranks * 0.5 + rng.uniform(-0.1, 0.1, ranks.shape),
+        "gate_up": rng.normal(size=(experts, 2 * inner, width)) / width**0.5,
+        "down": rng.normal(size=(experts, width, inner)) / inner**0.5,
+        "gate_up_bias": rng.normal(size=(experts, 2 * inner)) if biased else None,
+        "down_bias": rng.normal(size=(experts, width)) if biased else None,
+    }
+    attributes = {
+        "top_k": draw(st.integers(1, experts)),
+        "normalize": draw(st.integers(0, 1)),
+        "alpha": _single(draw(st.sampled_from([1.0, 1.702]))),
+        "beta": draw(st.sampled_from([0.0, 1.0])),
+        "limit": draw(st.sampled_from([0.0, 0.5, 1.0])),
+    }
+    shapes = {
+        name: array.shape for name, array in inputs.items() if name not in ("x", "router_logits") and array is not None
+    }
+    return Case((Call("MoE", tuple(inputs), ("y",)),), ("y",), inputs, attributes, shapes)
+
+
+@st.composite
 def q_embedding(draw: Any) -> Case:
     """4 and 8 bits, with and without offsets; tokens of a ragged batch, some of them twice."""
     rng = draw(_random())

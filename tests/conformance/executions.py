@@ -40,6 +40,11 @@ def _cached_attention(inputs: Tensors, a: dict[str, Any]) -> Tensors:
     return (ops.cached_attention(*inputs, a["num_heads"], a["scale"], a["window"], a["softcap"]),)
 
 
+def _moe(inputs: Tensors, a: dict[str, Any]) -> Tensors:
+    swiglu = (a["alpha"], a["beta"], a["limit"])
+    return (ops.moe(*inputs, a["top_k"], bool(a["normalize"]), *swiglu),)
+
+
 EAGER: dict[str, Callable[[Tensors, dict[str, Any]], Tensors]] = {
     "Add": lambda inputs, _: (inputs[0] + inputs[1],),
     "RmsNorm": lambda inputs, a: (ops.rms_norm(*inputs, a["eps"]),),
@@ -48,6 +53,7 @@ EAGER: dict[str, Callable[[Tensors, dict[str, Any]], Tensors]] = {
     "KvCacheUpdate": lambda inputs, _: (ops.kv_cache_update(*inputs),),
     "CachedAttention": _cached_attention,
     "QLinear": lambda inputs, a: (ops.q_linear(*inputs, a["bits"], a["block_size"]),),
+    "MoE": _moe,
     "QEmbedding": lambda inputs, a: (ops.q_embedding(*inputs, a["bits"], a["block_size"]),),
 }
 """Operator of a call -> its torch op: inputs as tensors and None, attributes by ONNX name."""
@@ -121,6 +127,12 @@ def universal(case: Case) -> onnx.ModelProto:
 def lowered(case: Case) -> onnx.ModelProto:
     """The universal graph after `lower`."""
     return ir.serde.serialize_model(lower(ir.serde.deserialize_model(universal(case))).model)
+
+
+def operator_of(node: onnx.NodeProto) -> str:
+    """The node's operator; with its domain where a runtime's operator bears a marker's name."""
+    foreign = node.op_type in BY_NAME and node.domain != DOMAIN
+    return f"{node.domain}.{node.op_type}" if foreign else node.op_type
 
 
 def _attributes(case: Case, call: Call) -> dict[str, Any]:

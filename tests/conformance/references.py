@@ -187,6 +187,41 @@ def q_linear(inputs: Inputs, attributes: Attributes) -> Reference:
     return {"y": Expected(np.einsum("...k,nk->...n", x, weight), np.einsum("...k,nk->...n", np.abs(x), bound))}
 
 
+def moe(inputs: Inputs, attributes: Attributes) -> Reference:
+    """y = Σ_e p_e (D_e h_e + d_e), h = g σ(α g) (u + β), over the top_k experts; token by token, expert by expert.
+
+    Magnitude: each sum of its terms' sizes; through h by its slopes in g and u; p by how far exp's argument is from 0.
+    """
+    x, scores = inputs["x"], inputs["router_logits"]
+    alpha, beta, limit = (attributes[name] for name in ("alpha", "beta", "limit"))
+    result, magnitude = np.zeros(x.shape), np.zeros(x.shape)
+    for index in np.ndindex(x.shape[:2]):
+        token, logits = x[index], scores[index]
+        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: attributes["top_k"]]
+        among = logits[chosen] if attributes["normalize"] else logits
+        peak, total = max(among), math.fsum(np.exp(among - max(among)))
+        for expert in chosen:
+            both = inputs["gate_up"][expert] @ token
+            size = np.abs(inputs["gate_up"][expert]) @ np.abs(token)
+            if inputs["gate_up_bias"] is not None:
+                both, size = both + inputs["gate_up_bias"][expert], size + np.abs(inputs["gate_up_bias"][expert])
+            gate, up = both[0::2], both[1::2]
+            if limit:
+                gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+            sigmoid = 1 / (1 + np.exp(-alpha * gate))
+            hidden = gate * sigmoid * (up + beta)
+            slope = sigmoid * (1 + np.abs(alpha * gate) * (1 - sigmoid)) * np.abs(up + beta)
+            hidden_size = np.abs(hidden) + slope * size[0::2] + np.abs(gate * sigmoid) * (size[1::2] + beta)
+            out = inputs["down"][expert] @ hidden
+            out_size = np.abs(inputs["down"][expert]) @ hidden_size
+            if inputs["down_bias"] is not None:
+                out, out_size = out + inputs["down_bias"][expert], out_size + np.abs(inputs["down_bias"][expert])
+            p = math.exp(logits[expert] - peak) / total
+            result[index] += p * out
+            magnitude[index] += p * (out_size + (1 + peak - logits[expert]) * np.abs(out))
+    return {"y": Expected(result, magnitude)}
+
+
 def q_embedding(inputs: Inputs, attributes: Attributes) -> Reference:
     """y = rows of w; magnitude |c s| + |o|."""
     weight, bound = _weights(inputs, attributes)

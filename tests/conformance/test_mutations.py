@@ -128,7 +128,7 @@ class _BrokenLowering:
     def __call__(self, case: Case) -> onnx.ModelProto:
         model = self.lowered(case)
         for node in list(model.graph.node):
-            if node.op_type == self.operator:
+            if executions.operator_of(node) == self.operator:
                 name, source = node.output[self.output], node.input[self.idle]
                 _replace_output(model.graph.node, node, name, self.mutation, source)
         return model
@@ -182,10 +182,15 @@ def another(name: str, array: np.ndarray) -> np.ndarray:
 
 
 ANOTHER_ATTRIBUTE = {
+    "alpha": lambda alpha: 1.01 * alpha,
+    "beta": lambda beta: beta + 0.01,
     "eps": lambda eps: 2 * eps,
     "interleaved": lambda interleaved: 1 - interleaved,
+    "limit": lambda limit: 0.99 * limit,
+    "normalize": lambda normalize: 1 - normalize,
     "scale": lambda scale: 1.01 * scale,
     "softcap": lambda softcap: 1.01 * softcap,
+    "top_k": lambda top_k: max(1, top_k - 1),
     "window": lambda window: window + 1,
 }
 """All that do not follow from the shapes of the inputs."""

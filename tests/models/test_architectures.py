@@ -28,6 +28,7 @@ from zonda.export.onnx_files import tensor_source
 from zonda.models import registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights, match_parameters
+from zonda.models.stacking import stacked
 
 CAPACITY, CHUNK, VOCAB = 64, 32, 131
 ROWS = CAPACITY + CHUNK
@@ -76,6 +77,7 @@ GRANITE = {
 }
 GEMMA_CAPS = {"attn_logit_softcapping": 8.0, "final_logit_softcapping": 25.0}
 GEMMA_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+QWEN_EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 
 CONFIGS: dict[str, dict[str, dict]] = {
@@ -184,6 +186,44 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "biases, no layer turns": {"no_rope_layers": [0, 0], "attention_bias": True, "mlp_bias": True},
         "head_dim 12, no fused attention": {"no_rope_layer_interval": 2, "head_dim": 12},
     },
+    "mixtral": {
+        "2 of 5 experts": {"num_local_experts": 5, "num_experts_per_tok": 2},
+        "1 of 4, window 5, tied": {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+        },
+        "all of 3, head_dim 12, no fused attention": {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "head_dim": 12,
+        },
+    },
+    "qwen3_moe": {
+        "weights as they are": QWEN_EXPERTS,
+        "weights normalised, a dense layer": QWEN_EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 2},
+        "dense by name, biases, window": QWEN_EXPERTS
+        | {"mlp_only_layers": [1], "attention_bias": True, "use_sliding_window": True, "sliding_window": 6},
+    },
+    "gpt_oss": {
+        "sinks, window 5": {"head_dim": 16, "num_local_experts": 6, "sliding_window": 5},
+        "limits reached, plain rope": {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 0.7,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "no biases in attention, head_dim 12, no fused attention": {
+            "head_dim": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 7,
+        },
+    },
 }
 CASES = [(family, name) for family, configs in CONFIGS.items() for name in configs]
 
@@ -207,6 +247,7 @@ def case(request, tmp_path_factory):
         reference = hf(torch.from_numpy(tokens)).logits.numpy()
     checkpoint = open_checkpoint(folder)
     architecture = registry.of_config(checkpoint.config)
+    checkpoint = stacked(checkpoint, architecture.stacks)
     config = architecture.read_config(checkpoint.config)
     with torch.device("meta"):
         eager = architecture.build(config, ROWS).eval()
@@ -304,6 +345,11 @@ def test_an_older_config_reads_the_same_and_the_tolerance_sees_a_wrong_constant(
 
 
 REFUSED = [
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be an integer of at most 8"),
+    ("mixtral", {"hidden_act": "gelu"}, "hidden_act must be one of silu"),
+    ("qwen3_moe", {"mlp_only_layers": [-1]}, r"mlp_only_layers\[0\] must be an integer of at least 0"),
+    ("gpt_oss", {"rope_scaling": None}, "'rope_scaling' is missing"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
     ("mistral", {"hidden_act": "gelu"}, "hidden_act must be one of silu"),
     ("mistral", {"sliding_window": -1}, "sliding_window must be an integer of at least 1"),
     ("mistral", {"attention_bias": True}, "attention_bias = True is not supported"),
@@ -340,7 +386,7 @@ def class_name(family: str) -> str:
 @pytest.mark.parametrize(("family", "change", "message"), REFUSED)
 def test_what_is_not_computed_is_refused(family, change, message):
     architecture = registry.find(class_name(family))
-    good = SIZES | {"architectures": [class_name(family)]}
+    good = SIZES | {"architectures": [class_name(family)], "rope_scaling": {"type": "default"}}
     architecture.read_config(good)
     with pytest.raises(ConfigError, match=message):
         architecture.read_config(good | change)

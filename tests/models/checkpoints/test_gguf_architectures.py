@@ -11,6 +11,7 @@ from support import RELATIVE_TOLERANCE, Eager, randomise, run_scenario
 from zonda.models import registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights
+from zonda.models.stacking import stacked
 
 VOCAB, ROWS = 270, 64
 SIZES = {
@@ -93,6 +94,17 @@ CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
             "rope.dimension_count": 16,
         },
     ),
+    "qwen3_moe": (
+        gguf.MODEL_ARCH.QWEN3MOE,
+        {
+            "head_dim": 32,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+        },
+        HEADS_OF_32 | {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 40},
+    ),
     "smollm3": (
         gguf.MODEL_ARCH.SMOLLM3,
         {"num_hidden_layers": 4, "rope_parameters": {"rope_theta": 5e6}},
@@ -119,10 +131,10 @@ def write(path, family: str, hf: transformers.PreTrainedModel):
     for key, value in (values | tokenizer).items():
         add_value(writer, key, value)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for key, tensor in hf.state_dict().items():
+    for key, tensor in _tensors(hf).items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array = tensor.numpy()
+        array = tensor.contiguous().numpy()
         if family.startswith("gemma") and key.endswith("norm.weight"):
             array = array + 1
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
@@ -135,6 +147,18 @@ def write(path, family: str, hf: transformers.PreTrainedModel):
     writer.close()
 
 
+def _tensors(hf: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By the names that the converter knows: it stacks experts, and gate and up stay apart."""
+    tensors = {}
+    for key, tensor in hf.state_dict().items():
+        if key.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, 1)
+            tensors |= {key.replace("gate_up", name) + ".weight": t for name, t in (("gate", gate), ("up", up))}
+        else:
+            tensors[f"{key}.weight" if key.endswith("experts.down_proj") else key] = tensor
+    return tensors
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(family, tmp_path):
     config = transformers.AutoConfig.for_model(family, **SIZES | CASES[family][1])
@@ -144,6 +168,7 @@ def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(family, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     architecture = registry.of_config(checkpoint.config)
     assert architecture.names == (type(hf).__name__,)
+    checkpoint = stacked(checkpoint, architecture.stacks)
     with torch.device("meta"):
         model = architecture.build(architecture.read_config(checkpoint.config), ROWS).eval()
     load_weights(model, checkpoint, architecture.ignored)

@@ -49,7 +49,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(
         room,
         "open_session",
-        lambda model, threads, provider, **options: CpuSession(opened(model, threads, "cpu", **options)),
+        lambda model, threads, _, **options: CpuSession(opened(model, threads, "cpu", **options)),
     )
     found = FakeCuda()
     yield found
