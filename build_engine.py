@@ -21,6 +21,7 @@ from zonda.runtime.manifest import Limits
 
 DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+QUALITIES = ("exact", "balanced", "fast")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -32,6 +33,7 @@ class BuildOptions:
     """
 
     targets: tuple[str, ...] = ("onnxruntime",)
+    quality: str = "balanced"
     capacity: int = 0
     max_batch: int = 8
     max_chunk: int = 512
@@ -72,7 +74,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     """
     import torch
 
-    from zonda.export import describe, device_plan, plan, proof, tensorrt_target, universal, weights
+    from zonda.export import describe, device_plan, plan, proof, tensorrt_target, universal
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
@@ -80,10 +82,13 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models import registry
     from zonda.models.checkpoints import open_checkpoint
     from zonda.models.loading import match_parameters
+    from zonda.models.quantize import is_quantized, quantize_modules, quantized_forms
     from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
 
     tensorrt = _tensorrt_targets(options)
+    if options.quality not in QUALITIES:
+        raise BuildError(f"--quality is one of {', '.join(QUALITIES)}, found {options.quality!r}")
     if options.verify not in ("strict", "off"):
         raise BuildError(f"--verify is strict or off, found {options.verify!r}")
     if options.reference not in ("eager", "transformers"):
@@ -101,7 +106,10 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         limits = _limits(config.max_position_embeddings, config.vocab_size, options)
         with torch.device("meta"):
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
+            if options.quality != "exact":
+                quantize_modules(module, quantized_forms(module, checkpoint))
         names = match_parameters(module, checkpoint, architecture.ignored)
+    quality = options.quality if is_quantized(module) else "exact"
     estimate = plan.make_plan(module, limits)
     devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
     if options.dry_run:
@@ -116,8 +124,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         lowered = None
         if "onnxruntime" in options.targets:
             with steps.step("lower for ONNX Runtime"):
-                lowered = lower.lower(graph)
-        packs = lowered.packs if lowered is not None else {}
+                lowered = lower.lower(graph, quality)
         load = files.tensor_source(module, checkpoint, names)
         others = []
         for target, settings in tensorrt.items():
@@ -129,20 +136,19 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             for warning in made.warnings:
                 console.print(f"{target} warns: {warning}", style="yellow", markup=False, highlight=False)
         with steps.step("write the weights"):
-            layout = weights.plan_layout(graph, packs)
-            files.write(staging, graph, lowered.model if lowered is not None else None, layout, load)
+            files.write(staging, graph, lowered, load)
         with steps.step("check the graphs"):
             files.check(staging)
         files.write_texts(staging, checkpoint)
         proven = proof.unproven("off", "the build was told --verify off")
         if options.verify != "off":
             with steps.step("run the eager model"):
-                recorded = proof.record(staging, module, checkpoint, load, limits, packs)
+                recorded = proof.record(staging, module, checkpoint, load, limits, lowered)
             proven = proof.unproven("pending", estimate.why_not_provable, recorded.weights)
             if estimate.provable:
                 try:
                     with steps.step("prove the engine against the eager model"):
-                        proven = proof.prove(staging, recorded, module, limits, THRESHOLDS["float32"])
+                        proven = proof.prove(staging, recorded, module, limits, quality)
                 except ParityError as error:
                     if lowered is None:
                         raise
@@ -167,6 +173,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 proven.universal,
                 list_files(staging),
                 others,
+                quality,
             )
             seal(staging, manifest)
     return output
@@ -224,6 +231,12 @@ def build(
         list[str] | None,
         typer.Option(help=f"One of: {', '.join(TARGETS)}; may be repeated. onnxruntime if none is named."),
     ] = None,
+    quality: Annotated[
+        str,
+        typer.Option(
+            help="Of ONNX Runtime's arithmetic on block-quantised weights. exact: float32. balanced: 8-bit activations."
+        ),
+    ] = "balanced",
     capacity: Annotated[
         int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
     ] = 0,
@@ -253,6 +266,7 @@ def build(
     try:
         options = BuildOptions(
             targets=tuple(target or ("onnxruntime",)),
+            quality=quality,
             capacity=capacity,
             max_batch=max_batch,
             max_chunk=max_chunk,

@@ -76,11 +76,12 @@ def make_manifest(
     universal: Parity | None,
     files: Mapping[str, int],
     others: Sequence[Target] = (),
+    quality: str = "exact",
 ) -> Manifest:
     """The manifest of a bundle with the ONNX Runtime target (without it if `parity` is None) and `others`."""
     shapes = module.kv_shapes
     source = checkpoint.source
-    targets = () if parity is None else (_onnxruntime_target(limits, parity),)
+    targets = () if parity is None else (_onnxruntime_target(limits, parity, quality),)
     return Manifest(
         schema=SCHEMA,
         zonda_version=__version__,
@@ -100,7 +101,7 @@ def make_manifest(
     )
 
 
-def _onnxruntime_target(limits: Limits, parity: Parity) -> Target:
+def _onnxruntime_target(limits: Limits, parity: Parity, quality: str) -> Target:
     graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
     return Target(
         name="onnxruntime",
@@ -109,6 +110,7 @@ def _onnxruntime_target(limits: Limits, parity: Parity) -> Target:
         dtype="float32",
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
         parity=parity,
+        quality=quality,
     )
 
 

@@ -13,7 +13,9 @@ from .. import BuildError
 from ..models.checkpoints.base import Checkpoint
 from ..models.loading import parameter_source
 from .functions import MARKERS, register_schemas
-from .weights import Layout, attach, missing_data, write_weights
+from .lower.onnxruntime import Lowered
+from .lower.quantized import as_written, widen
+from .weights import attach, missing_data, plan_layout, write_weights
 
 DIRECTORY = "onnx"
 UNIVERSAL = f"{DIRECTORY}/universal.onnx"
@@ -40,14 +42,25 @@ def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str,
     return load
 
 
-def write(
-    staging: Path, universal: ir.Model, lowered: ir.Model | None, layout: Layout, load: Callable[[str], Tensor]
-) -> None:
-    """Write the weight file and the graphs; tensors go one by one, as `as_stored` says."""
-    (staging / DIRECTORY).mkdir()
+def write(staging: Path, universal: ir.Model, lowered: Lowered | None, load: Callable[[str], Tensor]) -> None:
+    """Write the weight file and the graphs; tensors go one by one, as `as_written` and `as_stored` say.
 
-    write_weights(staging / WEIGHTS, layout, missing_data(universal), lambda name: as_stored(load(name)))
-    graphs = {UNIVERSAL: universal} if lowered is None else {UNIVERSAL: universal, LOWERED: lowered}
+    Args:
+        staging: the unfinished bundle.
+        universal: changed in place: rows that `lowered` wants wide are cut for its own nodes.
+        lowered: the graph for ONNX Runtime, if there is one.
+        load: initialiser name -> tensor.
+    """
+    (staging / DIRECTORY).mkdir()
+    graphs = {UNIVERSAL: universal} if lowered is None else {UNIVERSAL: universal, LOWERED: lowered.model}
+    corrections = {} if lowered is None else lowered.corrections
+    widen(universal.graph, corrections)
+    layout = plan_layout(universal, {} if lowered is None else lowered.packs)
+
+    def read(name: str) -> np.ndarray:
+        return as_stored(as_written(name, load(name), load, corrections))
+
+    write_weights(staging / WEIGHTS, layout, missing_data(universal), read)
     for file, model in graphs.items():
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

@@ -8,7 +8,7 @@ The engine runs in a process of its own: its memory is not on top of the exporte
 import ctypes
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,11 +26,13 @@ from ..models.architecture import CausalModel
 from ..models.cache import Cache
 from ..models.checkpoints.base import Checkpoint
 from ..models.loading import with_floats
+from ..models.quantize import is_quantized
 from ..runtime.golden import GOLDEN, Golden
 from ..runtime.manifest import Limits, Parity, ReferenceReport, WeightReport
-from ..runtime.metrics import Thresholds
 from ..runtime.parity import ProofRequest
 from .describe import make_contract
+from .lower.onnxruntime import Lowered
+from .lower.quantized import as_written
 from .onnx_files import LOWERED, UNIVERSAL
 from .weight_proof import WrittenWeights
 
@@ -95,7 +97,7 @@ def record(
     checkpoint: Checkpoint,
     load: Callable[[str], Tensor],
     limits: Limits,
-    packs: Mapping[str, Sequence[str]],
+    lowered: Lowered | None,
 ) -> Recorded:
     """Run the eager model on the golden prompts, comparing every weight it reads with the bundle's.
 
@@ -107,7 +109,7 @@ def record(
         checkpoint: for its tokenizer.
         load: parameter name -> tensor, read from the checkpoint.
         limits: of the engine.
-        packs: of the lowering.
+        lowered: the graph for ONNX Runtime, if there is one.
 
     Raises:
         ParityError: a weight in the bundle is not the checkpoint's.
@@ -117,32 +119,45 @@ def record(
     if data is None:
         raise BuildError("the checkpoint has no tokenizer.json, so no prompts to prove the engine with")
     prompts = golden_prompts(Tokenizer.from_buffer(data), limits)
-    written = WrittenWeights(staging, packs)
+    written = WrittenWeights(staging, lowered.packs if lowered is not None else {})
+    corrections = lowered.corrections if lowered is not None else {}
+
+    def load_written(name: str, tensor: Tensor | None = None) -> Tensor:
+        return as_written(name, load(name) if tensor is None else tensor, load, corrections)
 
     def load_checked(name: str) -> Tensor:
         tensor = load(name)
-        written.check(name, tensor)
+        written.check(name, load_written(name, tensor))
         return tensor
 
     golden = run_eager(module, load_checked, prompts)
     golden.digest().save(staging / GOLDEN)
     golden.save(staging / _EXACT)
-    return Recorded(staging / _EXACT, [prompt.tolist() for prompt in prompts], written.finish(load))
+    return Recorded(staging / _EXACT, [prompt.tolist() for prompt in prompts], written.finish(load_written))
 
 
-def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, thresholds: Thresholds) -> Proof:
+def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, quality: str) -> Proof:
     """Hold the graphs in `staging`, run by ONNX Runtime, to what was recorded, in a process of its own.
+
+    Args:
+        staging: the unfinished bundle.
+        recorded: of `record`.
+        module: the model.
+        limits: of the engine.
+        quality: class of the lowered graph; the universal one computes in float32.
 
     Raises:
         ParityError: one of them computes something else, or the process died.
     """
     spec = make_contract(module.kv_shapes, limits.vocab_size)
     longest = max(map(len, recorded.prompts))
-    # Bodies compute over the whole buffer, so it is no longer than the prompts need.
+    # Bodies compute over the whole buffer, so it is no longer than the prompts need; and those of quantised weights
+    # dequantise the whole model in every step, so the steps are few.
     tight = msgspec.structs.replace(limits, capacity=longest, max_chunk=min(limits.max_chunk, longest))
-    graphs = {"universal": ProofRequest(str(staging / UNIVERSAL), spec, tight, thresholds.name, as_stored=True)}
+    graphs = {"universal": ProofRequest(str(staging / UNIVERSAL), spec, tight, "float32", True, is_quantized(module))}
     if (staging / LOWERED).is_file():
-        graphs = {"onnxruntime": ProofRequest(str(staging / LOWERED), spec, limits, thresholds.name), **graphs}
+        allowed = "float32" if quality == "exact" else quality
+        graphs = {"onnxruntime": ProofRequest(str(staging / LOWERED), spec, limits, allowed), **graphs}
     proven = {
         name: msgspec.structs.replace(_prove_elsewhere(name, request, recorded.exact), weights=recorded.weights)
         for name, request in graphs.items()

@@ -65,6 +65,11 @@ def quantize_modules(model: nn.Module, forms: Mapping[str, Form]) -> None:
         raise ValueError(f"not the weights of a Linear or Embedding: {', '.join(left)}")
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight is held in blocks."""
+    return any(isinstance(module, BlockQuantizedWeight) for module in model.modules())
+
+
 def count_weights(model: nn.Module) -> int:
     """The model's weights, shared ones once; a code counts for one, scales and offsets for none."""
     counts: dict[int, int] = {}

@@ -20,7 +20,7 @@ from .. import BundleError
 from .metrics import TOP, Deviations, deviations, largest, overlap
 
 GOLDEN = "golden.safetensors"
-FORMAT = "zonda-golden-1"
+FORMAT = "zonda-golden-2"
 BUCKETS = 64
 KEPT = 16
 """Largest logits kept a token: the ten of the overlap, and some that the reference holds for nearly as likely."""
@@ -32,7 +32,8 @@ class Golden:
     """What the reference computed, N tokens of R prompts one after the other, T state tensors.
 
     prompts: R arrays of token ids. top_ids, top_logits: (N, 16), largest first. norms: (N,) of the logits. peaks: (N,)
-    max |logit|. sketches: (N, 64). kv_norms: (R, T); kv_sketches: (R, T, 64), of all tokens of a row. vocab_size: V.
+    max |logit|. normalizers: (N,) log of the sum of exponentials. followers: (N,) logit of the prompt's next token, NaN
+    for its last. sketches: (N, 64). kv_norms: (R, T); kv_sketches: (R, T, 64), of all tokens of a row. vocab_size: V.
     logits: (N, V) at build time, None in a bundle.
     """
 
@@ -42,6 +43,8 @@ class Golden:
     top_logits: NDArray[np.float32]
     norms: NDArray[np.float64]
     peaks: NDArray[np.float32]
+    normalizers: NDArray[np.float64]
+    followers: NDArray[np.float32]
     sketches: NDArray[np.float32]
     kv_norms: NDArray[np.float64]
     kv_sketches: NDArray[np.float32]
@@ -70,6 +73,8 @@ class Golden:
             top_logits=np.take_along_axis(logits, best, 1),
             norms=np.array([np.linalg.norm(row.astype(np.float64)) for row in logits]),
             peaks=np.array([np.abs(row).max() for row in logits]),
+            normalizers=np.array([_log_sum_exp(row[None])[0] for row in logits]),
+            followers=_logits_of(logits, _following(prompts)),
             sketches=sketch(logits),
             kv_norms=np.array([[np.linalg.norm(state) for state in row] for row in flat]),
             kv_sketches=np.array([[sketch(state[None])[0] for state in row] for row in flat]),
@@ -94,14 +99,16 @@ class Golden:
 
     def _compare(self, tokens: NDArray[np.intp], got: NDArray[np.float32]) -> Deviations:
         if self.logits is not None:
-            return deviations(self.logits[tokens], got)
-        rows = np.arange(len(tokens))
+            return deviations(self.logits[tokens], got, _following(self.prompts)[tokens])
+        rows, following = np.arange(len(tokens)), _following(self.prompts)[tokens]
         top_ids, top = self.top_ids[tokens], self.top_logits[tokens].astype(np.float64)
         want_norm, got_norm = self.norms[tokens], np.linalg.norm(got.astype(np.float64), axis=1)
         distance = np.linalg.norm(sketch(got).astype(np.float64) - self.sketches[tokens], axis=1)
         chosen = got.argmax(1)
         place = top_ids == chosen[:, None]
         gap = np.where(place.any(1), top[:, 0] - np.where(place, top, 0.0).sum(1), np.nan)
+        at_top = np.take_along_axis(got, top_ids.astype(np.int64), 1)
+        normalizers, own = self.normalizers[tokens], _log_sum_exp(got)
         with np.errstate(divide="ignore", invalid="ignore"):
             cosine = (want_norm**2 + got_norm**2 - distance**2) / (2 * want_norm * got_norm)
             ratio, relative = got_norm / want_norm, distance / want_norm
@@ -109,12 +116,16 @@ class Golden:
             cosine=np.minimum(cosine, 1.0),
             norm_ratio=ratio,
             relative_error=relative,
-            max_error=np.abs(np.take_along_axis(got, top_ids.astype(np.int64), 1) - top).max(1),
+            max_error=np.abs(at_top - top).max(1),
             mean_error=np.full(len(rows), np.nan),
             agrees=chosen == top_ids[:, 0],
             gap=gap,
             overlap=overlap(top_ids[:, :TOP].astype(np.int64), largest(got, TOP)),
             scale=self.peaks[tokens].astype(np.float64),
+            kl=_coarse_kl(
+                top - normalizers[:, None], np.take_along_axis(got, top_ids.astype(np.int64), 1) - own[:, None]
+            ),
+            surprise=self.followers[tokens] - normalizers - (_logits_of(got, following) - own),
         )
 
     def compare_states(self, row: int, states: Sequence[NDArray[np.floating]]) -> NDArray[np.float64]:
@@ -162,6 +173,31 @@ class Golden:
             raise BundleError(f"{path} is not readable golden data: {error}") from error
 
 
+def _following(prompts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The token that follows each of the N in its prompt, -1 for the last."""
+    return np.concatenate([np.append(prompt[1:], -1) for prompt in prompts])
+
+
+def _logits_of(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """One logit a row of (n, V); NaN for token -1."""
+    return np.where(tokens >= 0, logits[np.arange(len(tokens)), tokens], np.float32(np.nan))
+
+
+def _log_sum_exp(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each row: (n, V) -> (n,)."""
+    wide = logits.astype(np.float64)
+    peaks = wide.max(1)
+    return np.asarray(peaks + np.log(np.exp(wide - peaks[:, None]).sum(1)))
+
+
+def _coarse_kl(want: NDArray[np.floating], got: NDArray[np.floating]) -> NDArray[np.float64]:
+    """KL divergence over the tokens of (n, k) log-probabilities and all the others together, which bounds it below."""
+    p, q = want.astype(np.float64), got.astype(np.float64)
+    tiny = np.finfo(np.float64).tiny
+    others = [np.log(np.maximum(1 - np.exp(x).sum(1), tiny)) for x in (p, q)]
+    return np.asarray((np.exp(p) * (p - q)).sum(1) + np.exp(others[0]) * (others[0] - others[1]))
+
+
 def _likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     """Indices of the sixteen largest of each row, largest first: (n, V) -> (n, 16)."""
     best = largest(logits, KEPT)
@@ -169,7 +205,17 @@ def _likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.take_along_axis(best, order, 1)
 
 
-_ARRAYS = ("top_ids", "top_logits", "norms", "peaks", "sketches", "kv_norms", "kv_sketches")
+_ARRAYS = (
+    "top_ids",
+    "top_logits",
+    "norms",
+    "peaks",
+    "normalizers",
+    "followers",
+    "sketches",
+    "kv_norms",
+    "kv_sketches",
+)
 
 
 def sketch(rows: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -85,7 +85,8 @@ class ScheduleReport(msgspec.Struct, frozen=True, kw_only=True):
 
     cosine, norm_ratio, relative_error, max_error, top1_agreement, top10_overlap: see `metrics.Deviations`.
     mean_error: None where it was measured against a digest. near_ties: other first choices that the reference holds
-    for equal. kv_error: of the keys or values of a layer and row, None if the reference has no cache.
+    for equal. kv_error: of the keys or values of a layer and row, None if the reference has no cache. kl: mean, in
+    nats. perplexity_ratio: of the engine by that of the reference.
     """
 
     name: str
@@ -99,6 +100,8 @@ class ScheduleReport(msgspec.Struct, frozen=True, kw_only=True):
     near_ties: int
     top10_overlap: float
     kv_error: float | None
+    kl: float = 0.0
+    perplexity_ratio: float = 1.0
 
 
 class WeightReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +145,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     kv_dtype: of the states, the contract's if empty. compute_capabilities: of the GPUs that can run it. kernels: file
     of the plugins' kernels, none if empty. plugins: operator -> nodes that became plugins. log: file of TensorRT's
-    messages. warnings: of its build, in words. weight_bytes: on the device, 0 if unknown.
+    messages. warnings: of its build, in words. weight_bytes: on the device, 0 if unknown. quality: of ONNX Runtime's
+    arithmetic, `exact`, `balanced` or `fast`.
     """
 
     name: str
@@ -158,6 +162,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     log: str = ""
     warnings: tuple[str, ...] = ()
     weight_bytes: int = 0
+    quality: str = "exact"
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

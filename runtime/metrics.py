@@ -38,6 +38,8 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     max_error: max |got - want| / max |want|, of all logits of all tokens.
     near_tie: a top-1 that differs is ambiguous if the reference's two logits are this close, by max |want|.
     kv_error: ‖got - want‖ / ‖want‖ of one layer's keys or values of one row.
+    kl: mean KL divergence of a schedule's tokens, in nats. perplexity: relative growth of a schedule's perplexity. None
+        where rounding is too small for either to show.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     max_error: float
     near_tie: float
     kv_error: float
+    kl: float | None = None
+    perplexity: float | None = None
 
 
 def _of_unit_roundoff(name: str, unit: float) -> Thresholds:
@@ -63,12 +67,26 @@ def _of_unit_roundoff(name: str, unit: float) -> Thresholds:
     )
 
 
+def _of_quality(name: str, kl: float, perplexity: float) -> Thresholds:
+    """Thresholds for a quantised engine, whose activations are rounded to 8 bits with a scale a block.
+
+    Such a rounding is off by at most 2^-8 of the block's largest value, typically by a quarter of that: a unit of
+    2^-10. But a token's worst logit says little here, and the bound lets much pass. What counts is the distribution
+    over many tokens: the mean KL divergence and the growth of perplexity. On the few hundred golden tokens the latter
+    has a standard error of half a percent, so it is allowed more than the class promises on a long text.
+    """
+    loose = _of_unit_roundoff(name, 2.0**-10)
+    return msgspec.structs.replace(loose, kv_error=2 * loose.kv_error, kl=kl, perplexity=perplexity)
+
+
 THRESHOLDS: dict[str, Thresholds] = {
     t.name: t
     for t in (
         _of_unit_roundoff("float32", 2.0**-24),
         _of_unit_roundoff("float16", 2.0**-11 / 4),  # accumulates in float32, so roundings average out over a row
         _of_unit_roundoff("bfloat16", 2.0**-8 / 4),
+        _of_quality("balanced", 0.03, 0.03),
+        _of_quality("fast", 0.15, 0.15),
     )
 }
 """Class of numerics -> thresholds. The bound on the largest logit: float32 9.5e-6, float16 2.0e-2, bfloat16 0.16."""
@@ -83,6 +101,8 @@ class Deviations:
     agrees: the same top-1. gap: reference logit of its own top-1 less that of the other's choice, NaN if unknown.
     overlap: how many of the reference's top 10 are among the other's, as a share.
     scale: max |want|.
+    kl: KL(want ‖ got) in nats; a lower bound of it where only a digest of the reference is known.
+    surprise: by how much the log-probability of the token that follows sank; NaN where none follows.
     """
 
     cosine: Float64
@@ -94,6 +114,14 @@ class Deviations:
     gap: Float64
     overlap: Float64
     scale: Float64
+    kl: Float64
+    surprise: Float64
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of the engine by that of the reference, on the tokens that are followed by one; else 1."""
+        known = self.surprise[~np.isnan(self.surprise)]
+        return float(np.exp(known.mean())) if len(known) else 1.0
 
     @classmethod
     def join(cls, parts: "list[Deviations]") -> Self:
@@ -104,18 +132,23 @@ class Deviations:
         return len(self.cosine)
 
 
-def deviations(want: NDArray[np.floating], got: NDArray[np.floating]) -> Deviations:
+def deviations(
+    want: NDArray[np.floating], got: NDArray[np.floating], following: NDArray[np.integer] | None = None
+) -> Deviations:
     """Compare logits token by token.
 
     Args:
         want: (N, V), the reference.
         got: (N, V).
+        following: (N,), the token that follows each, -1 for none.
     """
     rows = np.arange(len(want))
     w, g = want.astype(np.float64), got.astype(np.float64)
     difference = g - w
     want_norm, got_norm = _norm(w), _norm(g)
     absolute = np.abs(difference)
+    p, q = log_softmax(w), log_softmax(g)
+    next_ = np.full(len(w), -1) if following is None else following
     best, chosen = w.argmax(1), g.argmax(1)
     return Deviations(
         cosine=_ratio((w * g).sum(1), want_norm * got_norm, 1.0),
@@ -127,6 +160,8 @@ def deviations(want: NDArray[np.floating], got: NDArray[np.floating]) -> Deviati
         gap=w[rows, best] - w[rows, chosen],
         overlap=overlap(largest(w, TOP), largest(g, TOP)),
         scale=np.abs(w).max(1),
+        kl=np.asarray((np.exp(p) * (p - q)).sum(1)),
+        surprise=np.where(next_ >= 0, p[rows, next_] - q[rows, next_], np.nan),
     )
 
 

@@ -23,7 +23,7 @@ from .schedules import Schedule, quick_schedules, schedules
 class ProofRequest(msgspec.Struct, frozen=True):
     """What to prove: a graph for ONNX Runtime by its path, how to drive it, and the thresholds' name.
 
-    as_stored: see `OnnxRuntimeEngine`.
+    as_stored: see `OnnxRuntimeEngine`. quick: see `prove`.
     """
 
     model: str
@@ -31,6 +31,7 @@ class ProofRequest(msgspec.Struct, frozen=True):
     limits: Limits
     thresholds: str
     as_stored: bool = False
+    quick: bool = False
 
 
 def prove(
@@ -100,7 +101,22 @@ def _run(engine: Engine, golden: Golden, thresholds: Thresholds, schedule: Sched
         ambiguous += sum(verdict is Verdict.AMBIGUOUS for verdict in judged)
         offsets = offsets + lens
     errors = _state_errors(cache, golden, thresholds, schedule)
-    return _Found(Deviations.join(parts), ambiguous, errors)
+    joined = Deviations.join(parts)
+    _require_distribution(joined, thresholds, schedule)
+    return _Found(joined, ambiguous, errors)
+
+
+def _require_distribution(found: Deviations, thresholds: Thresholds, schedule: Schedule) -> None:
+    """Raise if the probabilities of a whole schedule are too far off; the logits of each token may look innocent."""
+    kl, growth = float(found.kl.mean()), found.perplexity_ratio - 1
+    for words, value, allowed in (
+        ("the KL divergence from it is {:.3g} nats, {:.3g} is allowed", kl, thresholds.kl),
+        ("the perplexity grew by {:.3g}, {:.3g} is allowed", growth, thresholds.perplexity),
+    ):
+        if allowed is not None and not value <= allowed:
+            raise ParityError(
+                f"the engine differs from the reference: schedule '{schedule.name}': {words.format(value, allowed)}"
+            )
 
 
 def _step(
@@ -197,6 +213,8 @@ def _report(name: str, found: Sequence[_Found]) -> ScheduleReport:
         near_ties=sum(part.ambiguous for part in found),
         top10_overlap=float(joined.overlap.mean()),
         kv_error=max((part.kv_error for part in found if part.kv_error is not None), default=None),
+        kl=float(joined.kl.mean()),
+        perplexity_ratio=joined.perplexity_ratio,
     )
 
 
@@ -211,7 +229,8 @@ def main(golden_file: str) -> int:
     try:
         model, as_stored = Path(request.model), request.as_stored
         engine = OnnxRuntimeEngine(model, request.contract, request.limits, as_stored=as_stored)
-        parity = prove(engine, Golden.read(Path(golden_file)), THRESHOLDS[request.thresholds])
+        golden = Golden.read(Path(golden_file))
+        parity = prove(engine, golden, THRESHOLDS[request.thresholds], quick=request.quick)
     except ZondaError as error:
         print(error, file=sys.stderr)
         return 1

@@ -12,7 +12,6 @@ from zonda.export import onnx_files
 from zonda.export.describe import make_contract
 from zonda.export.lower.onnxruntime import lower
 from zonda.export.universal import export_universal
-from zonda.export.weights import plan_layout
 from zonda.models import layers
 from zonda.models.cache import Cache
 from zonda.models.llama import Llama, LlamaConfig
@@ -183,12 +182,10 @@ def export_graphs(
     buffers = dict(module.named_buffers(remove_duplicate=False))
     universal = export_universal(module)
     lowered = lower(universal)
-    layout = plan_layout(universal, lowered.packs)
     onnx_files.write(
         directory,
         universal,
-        lowered.model,
-        layout,
+        lowered,
         lambda name: buffers[name] if name in buffers and not buffers[name].is_meta else load(name),
     )
     return module

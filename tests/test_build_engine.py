@@ -106,8 +106,8 @@ def test_a_failed_proof_names_the_first_place(tiny_folder, tmp_path, monkeypatch
     }[where]
     honest = getattr(room, name)
 
-    def plant(given):
-        made = honest(given)
+    def plant(*given):
+        made = honest(*given)
         graph = (made if where == "export" else made.model).graph
         norm = next(node for node in graph if "rms_norm_1" in [output.name for output in node.outputs])
         norm.attributes[attribute] = ir.AttrFloat32(attribute, 100 * norm.attributes[attribute].as_float())

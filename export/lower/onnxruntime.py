@@ -5,7 +5,6 @@ SkipSimplifiedLayerNormalization, linears multiply by the checkpoint's own (N, K
 are one multiplication. What does not fit a fused operator keeps its marker, and with it its body.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -13,7 +12,9 @@ import onnx_ir as ir
 from ...runtime import contract
 from ..functions import DOMAIN
 from .gather_early import gather_early
-from .rewrite import MICROSOFT, clean, drop_unused, extent, insert, producer, replace
+from .join_linears import join_projections, join_siblings
+from .quantized import Corrections, fuse_quantized
+from .rewrite import MICROSOFT, clean, constant, drop_unused, extent, insert, producer, replace
 
 # What GroupQueryAttention asks of head_dim, and more, also of the width of RoPE's tables, if it is to rotate.
 _HEAD_DIM_MULTIPLE = 8
@@ -23,27 +24,40 @@ _ROTARY_TABLE_MULTIPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """model: the graph. packs: new initialiser -> the universal's initialisers whose rows it joins."""
+    """model: the graph. packs: new initialiser -> the universal's initialisers whose rows it joins.
+
+    corrections: modules whose weights have wider rows than the universal graph's; see `quantized`.
+    """
 
     model: ir.Model
     packs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    corrections: Corrections = field(default_factory=dict)
 
 
-def lower(universal: ir.Model) -> Lowered:
-    """Return the lowered copy of `universal`; weights without data stay without."""
+def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
+    """Return the lowered copy of `universal`; weights without data stay without.
+
+    Args:
+        universal: the graph.
+        quality: `exact` leaves block-quantised weights to their bodies; any other computes with them.
+    """
     model = universal.clone()
     model.opset_imports[MICROSOFT] = 1
     packs: dict[str, tuple[str, ...]] = {}
     fuse_silu(model.graph)
     fuse_linears(model.graph)
     fuse_attention(model.graph)
-    pack_projections(model.graph, packs)
+    join_projections(model.graph, packs)
+    drop_unused(model)
+    join_siblings(model.graph, packs)
     drop_unused(model)
     gather_early(model.graph)
     fuse_norms(model.graph)
     fuse_experts(model.graph)
+    corrections = {} if quality == "exact" else fuse_quantized(model.graph, packs)
     clean(model)
-    return Lowered(model, packs)
+    used = {name: members for name, members in packs.items() if name in model.graph.initializers}
+    return Lowered(model, used, corrections)
 
 
 def fuse_silu(graph: ir.Graph) -> None:
@@ -106,7 +120,7 @@ def fuse_experts(graph: ir.Graph) -> None:
         x, router_logits, gate_up, down, *biases = node.inputs
         up_bias, down_bias = biases or (None, None)
         num_experts = extent(gate_up, 0)
-        shape = _constant(graph, f"scores_of_{num_experts}", ir.tensor([-1, num_experts], dtype=ir.DataType.INT64))
+        shape = constant(graph, f"scores_of_{num_experts}", ir.tensor([-1, num_experts], dtype=ir.DataType.INT64))
         (scores,) = insert(graph, node, "Reshape", [router_logits, shape])
         attributes = {
             "k": node.attributes["top_k"].as_int(),
@@ -172,66 +186,6 @@ def fuse_attention(graph: ir.Graph) -> None:
         replace(write_value.outputs[0], present_value)
 
 
-def pack_projections(graph: ir.Graph, packs: dict[str, tuple[str, ...]]) -> None:
-    """The q, k and v linears of one GroupQueryAttention -> one linear over their joined rows."""
-    for node in list(graph):
-        if node.op_type != "GroupQueryAttention":
-            continue
-        whole = _split_into(node.inputs[:3])
-        if whole is not None:
-            _pass_packed(node, whole)
-            continue
-        linears = [_linear(graph, value) for value in node.inputs[:3]]
-        if any(part is None for part in linears):
-            continue
-        products, weights, biases = zip(*linears, strict=True)
-        same_input = len({id(product.inputs[0]) for product in products}) == 1
-        if not same_input or len({bias is None for bias in biases}) != 1:
-            continue
-        packed = _pack(graph, weights, packs)
-        inputs = [products[0].inputs[0], packed]
-        (qkv,) = insert(graph, node, "FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT)
-        if biases[0] is not None:
-            (qkv,) = insert(graph, node, "Add", [qkv, _pack(graph, biases, packs)])
-        _pass_packed(node, qkv)
-
-
-def _pass_packed(attention: ir.Node, qkv: ir.Value) -> None:
-    attention.replace_input_with(0, qkv)
-    attention.replace_input_with(1, None)
-    attention.replace_input_with(2, None)
-
-
-def _split_into(pieces: Sequence[ir.Value | None]) -> ir.Value | None:
-    """What a Split cuts into just these pieces, in this order; else None."""
-    split = producer(pieces[0], "Split")
-    return split.inputs[0] if split is not None and tuple(split.outputs) == tuple(pieces) else None
-
-
-def _linear(graph: ir.Graph, value: ir.Value | None) -> tuple[ir.Node, ir.Value, ir.Value | None] | None:
-    """(product, weight, bias) if `value` is a linear of the graph's weights; else None."""
-    bias = None
-    add = producer(value, "Add")
-    if add is not None and add.inputs[1] in graph.initializers.values():
-        value, bias = add.inputs
-    product = producer(value, "FusedMatMul", MICROSOFT)
-    weight = product.inputs[1] if product is not None else None
-    if product is None or weight is None or weight not in graph.initializers.values():
-        return None
-    return product, weight, bias
-
-
-def _pack(graph: ir.Graph, members: Sequence[ir.Value], packs: dict[str, tuple[str, ...]]) -> ir.Value:
-    names = tuple(str(member.name) for member in members)
-    name = f"{names[0]}.packed"
-    rows = sum(extent(member, 0) for member in members)
-    shape = ir.Shape([rows, *(extent(members[0], axis) for axis in range(1, len(members[0].shape or ())))])
-    value = ir.Value(name=name, type=members[0].type, shape=shape)
-    graph.initializers[name] = value
-    packs[name] = names
-    return value
-
-
 def _fits(write_key: ir.Node, write_value: ir.Node) -> bool:
     """Whether GroupQueryAttention can hold this cache: one head_dim for keys and values, of a size it takes."""
     key, value = write_key.inputs[0], write_value.inputs[0]
@@ -259,8 +213,8 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """
     first = graph[0]
     offsets, lens = _input(graph, contract.SEQLEN_OFFSETS), _input(graph, contract.INPUT_LENS)
-    one = _constant(graph, "one_i32", ir.tensor([1], dtype=ir.DataType.INT32))
-    zero = _constant(graph, "zero_i32", ir.tensor([0], dtype=ir.DataType.INT32))
+    one = constant(graph, "one_i32", ir.tensor([1], dtype=ir.DataType.INT32))
+    zero = constant(graph, "zero_i32", ir.tensor([0], dtype=ir.DataType.INT32))
     (total,) = insert(graph, first, "Add", [offsets, lens])
     (last,) = insert(graph, first, "Sub", [total, one])
     (seqlens_k,) = insert(graph, first, "Max", [last, zero])
@@ -273,14 +227,3 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
     return next(value for value in graph.inputs if value.name == name)
-
-
-def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initialiser `name`, made of `tensor` if it is not there yet."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
-    graph.initializers[name] = value
-    return value

@@ -45,6 +45,17 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
+def constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initialiser `name`, made of `tensor` if it is not there yet."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    graph.initializers[name] = value
+    return value
+
+
 def drop_unused(model: ir.Model) -> None:
     """Drop nodes and initialisers that nothing uses: what a rewriting replaced still reads its inputs."""
     common_passes.RemoveUnusedNodesPass()(model)

@@ -16,7 +16,6 @@ from zonda.export.lower.onnxruntime import lower
 from zonda.export.proof import run_eager
 from zonda.export.universal import export_universal
 from zonda.export.weight_proof import WrittenWeights
-from zonda.export.weights import plan_layout
 from zonda.models import layers, registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights, match_parameters
@@ -132,7 +131,7 @@ def exported(checkpoint, tmp_path_factory):
     load = onnx_files.tensor_source(module, checkpoint, match_parameters(module, checkpoint))
     universal = export_universal(module)
     lowered = lower(universal)
-    onnx_files.write(directory, universal, lowered.model, plan_layout(universal, lowered.packs), load)
+    onnx_files.write(directory, universal, lowered, load)
     return directory, module, load, lowered.packs
 
 
