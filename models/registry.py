@@ -71,16 +71,20 @@ def of_config(config: Mapping[str, Any]) -> Architecture:
     return find(names[0])
 
 
-def find_gguf(name: str) -> Architecture:
+def find_gguf(name: str, *, experts: bool = False) -> Architecture:
     """Return the architecture whose GGUF `general.architecture` is `name`.
+
+    Args:
+        name: as the file has it.
+        experts: whether the file has any; it decides where a name is that of two architectures.
 
     Raises:
         UnsupportedArchitectureError: none does; the message lists the ones that exist.
     """
-    for architecture in ARCHITECTURES:
-        if architecture.gguf is not None and architecture.gguf.name == name:
-            return architecture
-    raise _unsupported(name, sorted(a.gguf.name for a in ARCHITECTURES if a.gguf is not None))
+    found = [a for a in ARCHITECTURES if a.gguf is not None and a.gguf.name == name]
+    for architecture in sorted(found, key=lambda a: a.gguf is None or a.gguf.experts != experts):
+        return architecture
+    raise _unsupported(name, sorted({a.gguf.name for a in ARCHITECTURES if a.gguf is not None}))
 
 
 def _unsupported(name: str, known: list[str]) -> UnsupportedArchitectureError:
