@@ -59,7 +59,7 @@ class GgufCheckpoint:
         self._layout = architecture.gguf
         _refuse_types(path, self._file)
         self._stored = rename(path, self._file, self._layout)
-        self.files: Mapping[str, bytes] = tokenizer_files(path, metadata)
+        self.files: Mapping[str, bytes] = tokenizer_files(path, metadata, rstrip=self._layout.rstrip)
         factors = _rope_factors(path, self._file)
         self.config: dict[str, Any] = read_config(path, self._file, self._layout, architecture.names[0], factors)
         self.tensors: Mapping[str, TensorInfo] = {

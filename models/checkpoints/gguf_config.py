@@ -12,7 +12,7 @@ from ..architecture import GgufFacts, GgufLayout
 from .gguf_keys import ArchitectureKeys
 from .gguf_reader import GgufFile
 from .gguf_rope import read_rope
-from .gguf_tokenizer import token_id
+from .gguf_vocabulary import token_id
 
 _EMBEDDING = "token_embd.weight"
 _HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "attention.causal")

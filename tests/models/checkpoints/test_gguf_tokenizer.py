@@ -128,7 +128,7 @@ def test_the_files_are_the_same_every_time(tmp_path):
 
 REFUSED = {
     "no tokenizer": ({"ggml__model": None}, "kind None"),
-    "SentencePiece": ({"ggml__model": "llama"}, "kind 'llama'"),
+    "unigram": ({"ggml__model": "t5"}, "kind 't5'"),
     "no pre-tokenizer": ({"ggml__pre": None}, "pre-tokenizer None"),
     "unknown pre-tokenizer": ({"ggml__pre": "zonda"}, "'zonda'.*known: .*gpt-2.*llama-bpe"),
     "no tokens": ({"ggml__tokens": None}, "tokens is missing"),
