@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint: tensors get HF names, HF row order and float values; nothing is kept in memory."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from ... import CheckpointError
 from .. import registry
 from ..architecture import GgufLayout
 from ..quantization import BlockQuantized, Form
-from .base import CheckpointSource, TensorInfo, files_sha256
+from .base import FLOATS, CheckpointSource, TensorInfo, files_sha256
 from .gguf_blocks import form_of, read_rows
 from .gguf_config import read_config
 from .gguf_names import rename
@@ -25,6 +26,8 @@ from .gguf_reader import GgufFile, GgufTensor
 from .gguf_rope import ROPE_FACTORS
 from .gguf_split import read_gguf_parts
 from .gguf_tokenizer import tokenizer_files
+
+_log = logging.getLogger(__name__)
 
 _FLOATS = {
     GGMLQuantizationType.F64: torch.float64,
@@ -71,6 +74,9 @@ class GgufCheckpoint:
             )
             for name, tensor in self._stored.items()
         }
+        formless = {info.stored for info in self.tensors.values() if info.form is None}.difference(FLOATS)
+        if formless:
+            _log.warning("%s: tensors of %s are dequantised to float32", path, ", ".join(sorted(formless)))
         weights: Counter[str] = Counter()
         for tensor in self._stored.values():
             weights[tensor.type.name] += math.prod(tensor.shape)
