@@ -93,9 +93,7 @@ def make_manifest(
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token(shapes),
-        quantization=tensor_classes(module)
-        | {"kv": "float32"}
-        | ({"dequantized": dequantized} if dequantized else {}),
+        quantization=tensor_classes(module) | {"kv": "float32"} | ({"dequantized": dequantized} if dequantized else {}),
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
         targets=(*targets, *others),
         files=dict(files),

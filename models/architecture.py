@@ -65,7 +65,9 @@ class GgufLayout:
             known = self.tensors.get(_NUMBER.sub("{}", whole))
             if known is not None:
                 patterns = (known,) if isinstance(known, str) else known
-                counted = [[*numbers, row] for row in range(rows)] if patterns[0].count("{}") > len(numbers) else [numbers]
+                counted = (
+                    [[*numbers, row] for row in range(rows)] if patterns[0].count("{}") > len(numbers) else [numbers]
+                )
                 return [pattern.format(*places) + suffix for places in counted for pattern in patterns]
         return []
 

@@ -88,7 +88,7 @@ def tensor_classes(model: nn.Module) -> dict[str, str]:
 
 
 def dequantized_types(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """The stored types whose weights `model` holds in floats though the checkpoint does not: `IQ3_S, MXFP4`; or nothing.
+    """The stored types of weights that the checkpoint quantises and `model` holds in floats: `IQ3_S, MXFP4`, or none.
 
     Args:
         model: after `quantize_modules`, if it is called.

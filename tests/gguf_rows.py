@@ -17,10 +17,14 @@ SYMMETRIC = [kind for kind in KINDS if kind not in (Type.Q4_1, Type.Q5_1, Type.Q
 EXTREMES = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 1 / 3, -1, 1, 65504, -65504], np.float16)
 """Zeros, the smallest subnormal and normal, ordinary numbers, the largest."""
 
-_WRITTEN = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 TQ1_0 TQ2_0 MXFP4".split()  # types that gguf can write
+_WRITTEN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]  # types that gguf can write
 _FP16_AT = {
     **dict.fromkeys((Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q5_K), (0, 2)),
-    **{Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,), Type.TQ1_0: (52,), Type.TQ2_0: (64,)},
+    Type.Q2_K: (80, 82),
+    Type.Q3_K: (108,),
+    Type.Q6_K: (208,),
+    Type.TQ1_0: (52,),
+    Type.TQ2_0: (64,),
     **dict.fromkeys((Type.MXFP4, Type.NVFP4, Type.IQ1_M), ()),  # their scales are no fp16, or scattered
 }
 """Where the scale lies, and then the minimum; at the front if nothing is said."""

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
 from ... import CheckpointError
 from .. import registry
-from ..architecture import GgufLayout
 from ..quantization import BlockQuantized, Form
 from .base import FLOATS, CheckpointSource, TensorInfo, files_sha256
 from .gguf_blocks import form_of, read_rows
@@ -136,7 +136,9 @@ def _rope_factors(path: Path, file: GgufFile) -> dict[str, list[float]]:
     found = {name: file.tensors[name] for name in ROPE_FACTORS if name in file.tensors}
     for name, tensor in found.items():
         if math.prod(tensor.shape) > _MAX_FREQUENCIES:
-            raise CheckpointError(f"{path}: {name} has {math.prod(tensor.shape):,} numbers, more than a head can turn by")
+            raise CheckpointError(
+                f"{path}: {name} has {math.prod(tensor.shape):,} numbers, more than a head can turn by"
+            )
     return {name: _values(file, tensor, None).double().flatten().tolist() for name, tensor in found.items()}
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
-from numpy.typing import NDArray
 
 from ..quantization import Form
 
@@ -173,9 +174,13 @@ def _pairs(packed: Bytes, width: int = 32) -> Bytes:
     return codes.reshape(len(packed), -1)
 
 
-_IQ4 = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int8).view(np.uint8) ^ 128
-_E2M1 = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.int8).view(np.uint8) ^ 128
-"""What a code of 4 bits means, as a code of 8 bits whose zero is 128."""
+def _table(*numbers: int) -> Bytes:
+    """What a code of 4 bits means, as a code of 8 bits whose zero is 128."""
+    return np.array([128 + number for number in numbers], np.uint8)
+
+
+_IQ4 = _table(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = _table(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 _LAYOUTS = {
     Type.Q4_0: _Layout(Form(4, 32, offsets=False), 4, _q4_0),

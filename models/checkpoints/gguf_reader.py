@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from ... import CheckpointError
 
@@ -60,7 +61,7 @@ class GgufPart:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What was checked: metadata by key (arrays as lists), tensors by name, and the file, or the files it is split into."""
+    """What was checked: metadata by key (arrays as lists), tensors by name, the file or the files it is split into."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]

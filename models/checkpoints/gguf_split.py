@@ -40,7 +40,9 @@ def read_gguf_parts(path: Path) -> GgufFile:
             tensors[name] = replace(tensor, part=number)
     announced = _integer(paths[0], files[0].metadata, "split.tensors.count", len(tensors))
     if announced != len(tensors):
-        raise CheckpointError(f"{paths[0]}: the {count} parts hold {len(tensors)} tensors, but {announced} are announced")
+        raise CheckpointError(
+            f"{paths[0]}: the {count} parts hold {len(tensors)} tensors, but {announced} are announced"
+        )
     return GgufFile(files[0].metadata, tensors, tuple(part for found in files for part in found.parts))
 
 
@@ -52,13 +54,17 @@ def _parts(path: Path, count: int) -> list[Path]:
             f"{path} is one of {count} parts, which are found by their names: NAME-00001-of-{count:05}.gguf and so on"
         )
     if int(name["count"]) != count:
-        raise CheckpointError(f"{path} is named as one of {int(name['count'])} parts, but says that it is one of {count}")
+        raise CheckpointError(
+            f"{path} is named as one of {int(name['count'])} parts, but says that it is one of {count}"
+        )
     paths = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [part.name for part in paths if not part.is_file()]
     if missing:
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         listed = ", ".join(missing[:_LISTED])
-        raise CheckpointError(f"{path} is one of {count} parts, of which {listed}{more} are not there; download them too")
+        raise CheckpointError(
+            f"{path} is one of {count} parts, of which {listed}{more} are not there; download them too"
+        )
     return paths
 
 

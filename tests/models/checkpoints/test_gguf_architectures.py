@@ -1,6 +1,9 @@
 """Every architecture that llama.cpp writes: a random model as its converter stores it gives transformers' logits."""
 
+import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -10,11 +13,14 @@ import transformers
 from checkpoint_files import add_value, metadata, permute
 from gguf import MODEL_ARCH as ARCH
 from gguf import GGMLQuantizationType as Type
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from support import RELATIVE_TOLERANCE, Eager, randomise, run_scenario
 
+from zonda import CheckpointError
 from zonda.models import registry
 from zonda.models.checkpoints import open_checkpoint
+from zonda.models.checkpoints.gguf_names import rename
+from zonda.models.checkpoints.gguf_reader import GgufFile, GgufTensor
 from zonda.models.loading import load_weights
 from zonda.models.stacking import stacked
 
@@ -241,8 +247,11 @@ def make_reference(case: Case) -> transformers.PreTrainedModel:
     return hf
 
 
-def write(path, case: Case, hf: transformers.PreTrainedModel, kind: Type = Type.F32):
-    """As llama.cpp's converter does; experts are stored as `kind`."""
+def write(path, case: Case, hf: transformers.PreTrainedModel, kind: Type = Type.F32, older: str = ""):
+    """As llama.cpp's converter does; experts are stored as `kind`.
+
+    older: what an early version did otherwise: "experts" by themselves, or "qkv" in one tensor.
+    """
     name, config = gguf.MODEL_ARCH_NAMES[case.arch], hf.config
     writer = gguf.GGUFWriter(path, name)
     sizes = {
@@ -258,6 +267,7 @@ def write(path, case: Case, hf: transformers.PreTrainedModel, kind: Type = Type.
     for key, value in (values | tokenizer).items():
         add_value(writer, key, value)
     names = gguf.get_tensor_name_map(case.arch, config.num_hidden_layers)
+    merged: dict[str, list[np.ndarray]] = {}
     for key, tensor in _tensors(hf).items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -268,10 +278,17 @@ def write(path, case: Case, hf: transformers.PreTrainedModel, kind: Type = Type.
         if heads and case.family in PERMUTED:
             array = permute(array, heads)
         stored = names.get_name(key, (".weight", ".bias"))
-        if "_exps.weight" in stored and kind != Type.F32:
+        if older == "experts" and "_exps.weight" in stored:
+            for expert, matrix in enumerate(array):
+                writer.add_tensor(stored.replace("_exps", f".{expert}"), matrix)
+        elif older == "qkv" and (part := re.search(r"attn_[qkv]\.", stored)):
+            merged.setdefault(stored.replace(part[0], "attn_qkv."), []).append(array)
+        elif "_exps.weight" in stored and kind != Type.F32:
             writer.add_tensor(stored, quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored, array)
+    for name, arrays in merged.items():
+        writer.add_tensor(name, np.concatenate(arrays))
     for length in ("long", "short"):
         if factors := config.rope_parameters.get(f"{length}_factor"):
             writer.add_tensor(f"rope_factors_{length}.weight", np.float32(factors))
@@ -304,16 +321,23 @@ def _tensors(hf: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     return tensors | {key: torch.stack(rows) for key, rows in norms.items()}
 
 
-def read_logits(path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
-    """(the class that a GGUF is read as, logits of one row), eager, in two chunks."""
+def check(path, hf: transformers.PreTrainedModel) -> None:
+    """The file is read as the class that it was made of, and gives its logits, eager and in two chunks.
+
+    There are more tokens than longrope's original length, because a capacity beyond it chose the long regime.
+    """
     checkpoint = open_checkpoint(path)
     architecture = registry.of_config(checkpoint.config)
+    assert architecture.names == (type(hf).__name__,)
     checkpoint = stacked(checkpoint, architecture.stacks)
     with torch.device("meta"):
         model = architecture.for_rows(architecture.read_config(checkpoint.config), ROWS, 0).eval()
     load_weights(model, checkpoint, architecture.ignored)
-    (logits,) = run_scenario(Eager(model, 1, ROWS), tokens, [[20], [tokens.shape[1] - 20]])
-    return architecture.names[0], logits
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 40))
+    with torch.no_grad():
+        reference = hf(torch.from_numpy(tokens)).logits.numpy()[0]
+    (logits,) = run_scenario(Eager(model, 1, ROWS), tokens, [[20], [20]])
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=RELATIVE_TOLERANCE * np.abs(reference).max())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -321,13 +345,51 @@ def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(name, tmp_path):
     case = CASES[name]
     hf = make_reference(case)
     write(tmp_path / "model.gguf", case, hf)
-    # longrope's tables are those of the capacity: of the long regime, so the reference must be in it too
-    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 40))
-    found, logits = read_logits(tmp_path / "model.gguf", tokens)
-    assert found == type(hf).__name__
-    with torch.no_grad():
-        reference = hf(torch.from_numpy(tokens)).logits.numpy()[0]
-    np.testing.assert_allclose(logits, reference, rtol=0, atol=RELATIVE_TOLERANCE * np.abs(reference).max())
+    check(tmp_path / "model.gguf", hf)
+
+
+@pytest.mark.parametrize(("name", "older"), [("phi 2", "qkv"), ("mixtral", "experts")])
+def test_older_files_are_read(name, older, tmp_path):
+    hf = make_reference(CASES[name])
+    write(tmp_path / "model.gguf", CASES[name], hf, older=older)
+    check(tmp_path / "model.gguf", hf)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "mixtral"])
+def test_experts_in_mxfp4(name, tmp_path):
+    hf = make_reference(CASES[name])
+    for key, weight in hf.named_parameters():
+        if "experts" in key and weight.ndim == 3:
+            rows = (weight.mT if name == "gpt-oss" else weight).detach().contiguous().numpy()
+            floats = torch.from_numpy(dequantize(quantize(rows, Type.MXFP4), Type.MXFP4))
+            weight.data.copy_(floats.mT if name == "gpt-oss" else floats)
+    write(tmp_path / "model.gguf", CASES[name], hf, Type.MXFP4)
+    check(tmp_path / "model.gguf", hf)
+    stored = {info.stored for info in open_checkpoint(tmp_path / "model.gguf").tensors.values()}
+    assert stored == {"F32", "MXFP4"}
+
+
+def file_of(**shapes: tuple[int, ...]) -> GgufFile:
+    """Tensors of layer 0, by their last names, without data."""
+    names = {f"blk.0.{key.replace('__', '.')}": shape for key, shape in shapes.items()}
+    tensors = {name: GgufTensor(name, Type.F32, shape, 0, 4 * math.prod(shape)) for name, shape in names.items()}
+    return GgufFile({}, tensors, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "words"),
+    [
+        ("phi2", file_of(attn_qkv__weight=(12, 8), attn_k__weight=(4, 8)), "are both .*k_proj.weight"),
+        ("phi2", file_of(attn_qkv__weight=(7, 8)), r"attn_qkv.weight of shape \[7, 8\] cannot be cut into 3"),
+        ("phi2", file_of(attn_qkv__bias=(7,)), "cannot be cut into 3"),
+        ("stablelm", file_of(attn_q_norm__weight=(10**9, 1)), "cannot be cut into 4097 tensors"),
+        ("phi2", file_of(attn_sinks__weight=(4,), ffn_gate_exps__weight=(2, 4, 8)), "2 tensors are unknown to phi2"),
+    ],
+)
+def test_tensors_that_do_not_fit_a_layout_are_refused(name, file, words):
+    layout = registry.find_gguf(name).gguf
+    with pytest.raises(CheckpointError, match=words):
+        rename(Path("m.gguf"), file, layout)
 
 
 def test_every_layout_is_tested():

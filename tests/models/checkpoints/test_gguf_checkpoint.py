@@ -210,7 +210,12 @@ REFUSED = {
         "at once",
     ),
     "attention factor": ({"llama.rope.scaling.attn_factor": np.float32(1.2)}, {}, (), "llama.rope.scaling.attn_factor"),
-    "unknown key": ({"llama.attention.scale": np.float32(2)}, {}, (), "may change the mathematics: llama.attention.scale"),
+    "unknown key": (
+        {"llama.attention.scale": np.float32(2)},
+        {},
+        (),
+        "may change the mathematics: llama.attention.scale",
+    ),
     "too few factors": ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, (), "must hold 4 positive"),
     "a million factors": ({}, {"rope_freqs.weight": np.ones(10**6, np.float32)}, (), "1,000,000 numbers"),
     "factor 0": ({}, {"rope_freqs.weight": np.zeros(4, np.float32)}, (), "must hold 4 positive"),

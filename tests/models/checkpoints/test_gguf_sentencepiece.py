@@ -84,7 +84,10 @@ def vocabulary(processor, user_defined: Sequence[str] = ()) -> dict[str, list]:
     return {"tokens": tokens, "scores": scores + [-10000.0] * 5, "token_type": types + [5] * 5}
 
 
-def to_gguf(path, processor, kind: Kind = Kind(), **changes):
+LLAMA = KINDS["Llama 2 and Mistral"]
+
+
+def to_gguf(path, processor, kind: Kind = LLAMA, **changes):
     writer = gguf.GGUFWriter(path, "llama")
     values = {"model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     values |= {} if kind.prefix else {"add_space_prefix": False}
@@ -106,7 +109,7 @@ def rebuild(path, *, rstrip: bool = False) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama():
-    return train(KINDS["Llama 2 and Mistral"])
+    return train(LLAMA)
 
 
 @pytest.mark.parametrize("name", KINDS)

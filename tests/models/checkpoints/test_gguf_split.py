@@ -22,7 +22,7 @@ def name(number: int, count: int = COUNT) -> str:
     return f"m-{number:05}-of-{count:05}.gguf"
 
 
-def split(folder, changes=lambda number: {}, repeat: bool = False, drop: str = ""):
+def split(folder, changes=None, repeat: bool = False, drop: str = ""):
     """As llama-gguf-split does: metadata in the first file, tensors shared out, the counts in all."""
     whole = gguf.GGUFReader(write_model(folder / "whole.gguf", quant=Type.Q8_0))
     tensors = [t for t in whole.tensors if t.name != drop]
@@ -31,7 +31,7 @@ def split(folder, changes=lambda number: {}, repeat: bool = False, drop: str = "
         values = {"split.no": number, "split.count": COUNT, "split.tensors.count": len(whole.tensors)}
         if number == 0:
             values |= {key: value for key, value in metadata().items() if key != "general.architecture"}
-        for key, value in (values | changes(number)).items():
+        for key, value in (values | (changes(number) if changes else {})).items():
             if value is not None:
                 add_value(writer, key, value)
         share = [*tensors[number::COUNT], *(tensors[:1] if repeat and number == 2 else [])]
@@ -99,8 +99,7 @@ def test_a_part_that_shrinks_is_an_error_at_load(tmp_path):
     checkpoint = open_checkpoint(tmp_path / name(1))
     (tmp_path / name(2)).write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"{name(2)} changed its size"):
-        for key in checkpoint.tensors:
-            checkpoint.load(key)
+        [checkpoint.load(key) for key in checkpoint.tensors]
 
 
 def test_a_part_under_another_name_is_refused(tmp_path):
@@ -114,11 +113,11 @@ def test_a_part_under_another_name_is_refused(tmp_path):
 
 
 LIES = {
-    "another number": ({"changes": lambda n: {"split.no": 0}}, r"split\.no is 0, expected 1"),
+    "another number": ({"changes": lambda _: {"split.no": 0}}, r"split\.no is 0, expected 1"),
     "another count": ({"changes": lambda n: {"split.count": 3 + (n > 1)}}, r"split\.count is 4, expected 3"),
     "no number": ({"changes": lambda n: {"split.no": None if n else 0}}, "'split.no' is None"),
     "a number that is a text": ({"changes": lambda n: {"split.no": str(n)}}, "'split.no' is '0', expected a number"),
-    "a count that is a text": ({"changes": lambda n: {"split.count": "3"}}, "'split.count' is '3', expected a number"),
+    "a count that is a text": ({"changes": lambda _: {"split.count": "3"}}, "'split.count' is '3', expected a number"),
     "a tensor twice": ({"repeat": True}, rf"is in {name(1)} and in {name(3)}"),
     "a tensor missing": ({"drop": "blk.0.ffn_up.weight"}, "the 3 parts hold 10 tensors, but 11 are announced"),
     "another model's part": (

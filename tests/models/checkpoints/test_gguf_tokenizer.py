@@ -116,6 +116,17 @@ def test_a_sequence_ends_where_the_file_or_its_chat_template_says(tmp_path, chan
     assert [TOKENS[i] for i in ids] == ends
 
 
+@pytest.mark.parametrize(("more", "ends"), [([], ["<|end|>"]), (["<|call|>"], ["<|return|>", "<|call|>"])])
+def test_gpt_oss_ends_a_message_where_phi_3_ends_its_answer(tmp_path, more, ends):
+    tokens = [*TOKENS, "<|end|>", "<|return|>", *more]
+    types = [*TYPES, *[1] * (len(TOKENS) - len(TYPES)), *[3] * (2 + len(more))]
+    template = "<|end|><|return|><|call|>"
+    changes = {"ggml__tokens": tokens, "ggml__token_type": types, "chat_template": template, "ggml__eos_token_id": None}
+    written = files(tmp_path, **changes)
+    ids = json.loads(written["generation_config.json"])["eos_token_id"]
+    assert [tokens[i] for i in ids] == ends
+
+
 def test_an_empty_entry_of_the_vocabulary_gets_llama_cpps_name(tmp_path):
     tokens = [*TOKENS, ""]
     changes = {"ggml__tokens": tokens, "ggml__token_type": [*TYPES, *[1] * (len(tokens) - len(TYPES))]}

@@ -25,8 +25,11 @@ IDS = np.random.default_rng(0).integers(0, len(TOKENS), (1, 24))
 DTYPES = {Type.F64: np.float64, Type.F32: np.float32, Type.F16: np.float16}
 
 
-def write(path, kind: Type) -> transformers.LlamaForCausalLM:
-    """A GGUF whose matrices are all of this type, and transformers' model of the same weights, dequantised by gguf."""
+def write(path, kind: Type, spread: float = 2) -> transformers.LlamaForCausalLM:
+    """A GGUF whose matrices are all of this type, and transformers' model of the same weights, dequantised by gguf.
+
+    spread: the standard deviation of weights, in roots of the width.
+    """
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
     stored, state = {}, {}
     for layer in range(LAYERS):
@@ -37,7 +40,7 @@ def write(path, kind: Type) -> transformers.LlamaForCausalLM:
             if array.ndim == 1:
                 stored[key] = floats = random.normal(1, 0.2, array.shape).astype(np.float32)
             else:
-                deviation = 1 if "embed" in name else 2 / array.shape[1] ** 0.5
+                deviation = 1 if "embed" in name else spread / array.shape[1] ** 0.5
                 rows = _rows(kind, array.shape, deviation, seed)
                 floats = rows.astype(np.float32) if kind in DTYPES else dequantize(rows, kind)
                 heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
@@ -116,7 +119,7 @@ def test_a_type_without_a_form_is_named_in_the_log(kind, tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", [Type.Q4_K, Type.IQ3_S, Type.Q2_K], ids=lambda kind: kind.name)
 def test_a_bundle_built_from_it_answers_as_transformers_does(kind, tmp_path):
-    hf = write(tmp_path / "m.gguf", kind)
+    hf = write(tmp_path / "m.gguf", kind, spread=1)  # the proof allows no more noise than such weights make
     bundle = build_quietly(tmp_path / "m.gguf", tmp_path / "bundle", capacity=ROWS)
     manifest = open_bundle(bundle).manifest
     assert manifest.source.format == f"GGUF {kind.name}"

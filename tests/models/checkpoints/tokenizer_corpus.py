@@ -48,25 +48,25 @@ Ni hao, wǒ jiào Lǐ Míng; nǚ, lǜ. Pīnyīn ā á ǎ à.
 Mixed: Привет, 世界 and שלום with عربي inside, naïve café résumé, ｆｕｌｌｗｉｄｔｈ ＡＢＣ １２３
 ﬁne ﬂow oﬃce ĳ ŉ ǆ Ǆ ǅ ª º ² ³ ¹ ½ ⅓ ⅷ Ⅻ ① ⑳ ㊗ ㎏ № ℡ ™ Å ℵ""".splitlines()
 
-CODE = """\
+CODE = r"""
 def f(x: int, *args, **kwargs) -> dict[str, "T"]: return {k: v for k, v in kwargs.items() if k != "__doc__"}
     if not self._tokens[i:j] or (a <= b < c) and x**2 != y//3 % 7 << 1: raise ValueError(f"{x!r:>10.3f}")
-\tfor (size_t i = 0; i < n; ++i) { sum += a[i] * b[i]; } // 1e-9f, 0xFF, 0b1010, 077L
-#include <vector>\tstd::unordered_map<std::string, std::vector<int>> m{{"a", {1, 2}}};
+	for (size_t i = 0; i < n; ++i) { sum += a[i] * b[i]; } // 1e-9f, 0xFF, 0b1010, 077L
+#include <vector>	std::unordered_map<std::string, std::vector<int>> m{{"a", {1, 2}}};
 const g = async ({a, b = [], ...rest}) => { await fetch(`https://x.y/${a}?q=${b}&z=1#top`); };
 fn main() -> Result<(), Box<dyn Error>> { let s: &'static str = r#"raw"#; println!("{s:?}"); Ok(()) }
 SELECT t1.*, COUNT(*) AS n FROM t1 LEFT JOIN t2 ON t1.id=t2.id WHERE name LIKE '%o''k%' GROUP BY 1;
 <div class="a b" data-x='{"k": [1,2,3]}'>&nbsp;&lt;tag/&gt;<br/></div><!-- comment -->
-{"key": "value", "n": -1.5e+10, "u": "\\u00e9\\n\\t", "a": [null, true, false], "": {}}
-\\begin{align*} \\int_0^\\infty e^{-x^2}\\,dx &= \\frac{\\sqrt{\\pi}}{2} \\\\ \\end{align*}
-$ cat a.txt | grep -E '^[A-Za-z_]\\w*$' | awk '{print $1}' > /dev/null 2>&1 && echo "done: $?"
-C:\\Users\\me\\file.txt ~/.config/x.yml ../../a/b.c user@example.com 192.168.0.1:8080 2026-11-28T15:04:05Z
+{"key": "value", "n": -1.5e+10, "u": "\u00e9\n\t", "a": [null, true, false], "": {}}
+\begin{align*} \int_0^\infty e^{-x^2}\,dx &= \frac{\sqrt{\pi}}{2} \\ \end{align*}
+$ cat a.txt | grep -E '^[A-Za-z_]\w*$' | awk '{print $1}' > /dev/null 2>&1 && echo "done: $?"
+C:\Users\me\file.txt ~/.config/x.yml ../../a/b.c user@example.com 192.168.0.1:8080 2026-11-28T15:04:05Z
 snake_case camelCase PascalCase SCREAMING_CASE kebab-case dunder__init__ x1y2z3 HTTPServer2 iPhone17Pro
 lambda: (yield) @decorator ... -> :: := => <=> !== ?. ?? |> <| ~= ^= %% // /* */ -- ++ && || !
 func (s *S) M() (int, error) { defer close(ch); select { case v, ok := <-ch: return v, nil } }
 class A<T extends Comparable<? super T>> implements B { @Override public int hashCode() { return 31 * h; } }
 main = putStrLn $ map toUpper . filter (/= ' ') =<< getLine -- λx → x ∘ y ∀a ∃b ∈ ℝ ≠ ≤ ≥ ∑∏√∞
-+++ b/x.py\r\n@@ -1,3 +1,4 @@\r\n-old\r\n+new\r\n+newer\r\n""".split("\n")
++++ b/x.py @@ -1,3 +1,4 @@ -old +new +newer""".strip("\n").split("\n")
 
 EMOJI = [
     "👍 👍🏽 👍🏿 👋🏻 🤝🏼",
@@ -130,7 +130,7 @@ SPACES = [
     " \t \n \r\n mixed \x0b \x0c ",
     "line one  \n  line two\n\n\n    line three\n",
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n",
-    "{\n    \"a\": [\n        1,\n        2\n    ]\n}\n",
+    '{\n    "a": [\n        1,\n        2\n    ]\n}\n',
     "if x:\n\tif y:\n\t\treturn  z\n\n\n# end\n",
     "a \u3000 b\u3000\u3000c \u00a0\u00a0 d",
 ]
@@ -140,9 +140,17 @@ def corpus(*specials: str) -> list[str]:
     """All texts; with `specials` at their front, inside and behind, and beside each other."""
     texts = [*PROSE, *CODE, *EMOJI, *ODD, *DIGITS, *SPACES]
     texts += ["\n".join(PROSE[i : i + 5]) for i in range(0, len(PROSE), 5)]
-    texts += ["\n".join(CODE), "\r\n".join(CODE), " ".join(EMOJI), "\t".join(DIGITS), "".join(ODD)]
+    texts += [
+        "+++ b/x.py\r\n@@ -1,3 +1,4 @@\r\n-old\r\n+new\r\n+newer\r\n",
+        "\n".join(CODE),
+        "\r\n".join(CODE),
+        " ".join(EMOJI),
+        "\t".join(DIGITS),
+        "".join(ODD),
+    ]
     for special in specials:
-        texts += [special, special * 3, f"{special}text", f"text{special}", f" {special} ", f"a {special} b\n{special}\n c"]
-        texts += [f"é{special}世界{special}👍🏽", special[:-1], special[1:], special.upper(), f"{special} \t\n  spaces"]
+        texts += [special, special * 3, special[:-1], special[1:], special.upper()]
+        texts += [f"{special}text", f"text{special}", f" {special} ", f"{special} \t\n  spaces"]
+        texts += [f"a {special} b\n{special}\n c", f"é{special}世界{special}👍🏽"]
     texts += ["".join(specials), " ".join(specials), "x".join(specials)]
     return texts
