@@ -81,10 +81,11 @@ def find_gguf(name: str, *, experts: bool = False) -> Architecture:
     Raises:
         UnsupportedArchitectureError: none does; the message lists the ones that exist.
     """
-    found = [a for a in ARCHITECTURES if a.gguf is not None and a.gguf.name == name]
-    for architecture in sorted(found, key=lambda a: a.gguf is None or a.gguf.experts != experts):
-        return architecture
-    raise _unsupported(name, sorted({a.gguf.name for a in ARCHITECTURES if a.gguf is not None}))
+    layouts = [(a.gguf, a) for a in ARCHITECTURES if a.gguf is not None]
+    found = [(layout, architecture) for layout, architecture in layouts if layout.name == name]
+    if not found:
+        raise _unsupported(name, sorted({layout.name for layout, _ in layouts}))
+    return min(found, key=lambda pair: pair[0].experts != experts)[1]
 
 
 def _unsupported(name: str, known: list[str]) -> UnsupportedArchitectureError:

@@ -13,7 +13,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from .gguf_vocabulary import TokenType, Vocabulary
 
 _SPACE = "\u2581"  # ▁
-_LONGEST = 512  # characters of a piece; trainers stop at 16, runs of spaces and signs reach 128
+# What no vocabulary comes near: a lie must not cost more than these.
+_LONGEST = 512  # characters of a piece
+_CHARACTERS = 1 << 22  # of all pieces
+_MERGES = 1 << 21
 
 
 def sentencepiece_bpe(vocabulary: Vocabulary) -> Tokenizer:
@@ -55,14 +58,14 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     if len(scores) != len(vocabulary.tokens) or not all(map(math.isfinite, scores)):
         raise vocabulary.error("tokenizer.ggml.scores must have one number for each token")
     pieces = vocabulary.of_type(TokenType.NORMAL)
-    if pieces and max(map(len, pieces)) > _LONGEST:
-        raise vocabulary.error(f"a token has more than {_LONGEST} characters, which no tokenizer was trained to")
-    ranked = [
-        (scores[i], left, right)
-        for piece, i in pieces.items()
-        for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        if left in pieces and right in pieces
-    ]
+    if max(map(len, pieces), default=0) > _LONGEST or sum(map(len, pieces)) > _CHARACTERS:
+        raise vocabulary.error("its tokens are longer than any tokenizer's")
+    ranked: list[tuple[float, str, str]] = []
+    for piece, i in pieces.items():
+        cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        ranked += [(scores[i], left, right) for left, right in cuts if left in pieces and right in pieces]
+        if len(ranked) > _MERGES:
+            raise vocabulary.error(f"its tokens merge in more than {_MERGES:,} ways, more than any tokenizer's")
     if len(ranked) > 1 and len({score for score, _, _ in ranked}) == 1:
         raise vocabulary.error(
             "all its tokens have the same score, so it does not say in which order they merge; "

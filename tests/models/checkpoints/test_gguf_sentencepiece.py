@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import gguf
 import pytest
 from checkpoint_files import add_value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizer_corpus import SPACES, corpus
 from tokenizers import Tokenizer
 
@@ -193,7 +195,7 @@ REFUSED = {
     "equal scores": (lambda v: {"scores": [-1000.0] * len(v["tokens"])}, "same score.*with its tokenizer.model"),
     "a token of a thousand characters": (
         lambda v: {"tokens": ["x" * 1000 if t == v["tokens"][-6] else t for t in v["tokens"]]},
-        "more than 512 characters",
+        "longer than any tokenizer's",
     ),
     "a token twice": (lambda v: {"tokens": [*v["tokens"][:-1], "<s>"]}, "a token twice"),
     "no unknown token, few bytes": (
@@ -214,3 +216,54 @@ def test_refuses_what_contradicts_itself(llama, tmp_path, name):
     path = to_gguf(tmp_path / "t.gguf", llama, **changes)
     with pytest.raises(CheckpointError, match=message):
         rebuild(path)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        ([f"{a:05}{'x' * 500}" for a in range(10_000)], "longer than any tokenizer's"),
+        (
+            [
+                "".join("ab"[i >> bit & 1] for bit in range(length))
+                for length in range(1, 18)
+                for i in range(min(1 << length, 1 << 16))
+            ],
+            "merge in more than 2,097,152 ways",
+        ),
+    ],
+    ids=["5 million characters", "2 million ways to merge"],
+)
+def test_a_vocabulary_that_would_cost_minutes_is_refused(tmp_path, pieces, words):
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *pieces]}
+    metadata |= {"tokenizer.ggml.token_type": [2, 3, 3, *[1] * len(pieces)]}
+    metadata |= {"tokenizer.ggml.scores": [float(-i) for i in range(len(pieces) + 3)]}
+    with pytest.raises(CheckpointError, match=words):
+        tokenizer_files(tmp_path, metadata)
+
+
+TEXT = st.text(st.sampled_from("ab▁ \n<é"), max_size=4)
+NUMBER = st.one_of(st.floats(width=32), st.integers(-9, 9).map(float))
+
+
+@settings(
+    max_examples=150, deadline=5000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), tokens=st.lists(st.one_of(TEXT, st.sampled_from(["<s>", "<0x0A>", "<unk>"])), max_size=12))
+def test_any_vocabulary_is_a_checkpoint_error_or_encodes_any_text(tmp_path, data, tokens):
+    count = data.draw(st.sampled_from([len(tokens)] * 4 + [len(tokens) + 1]))
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": data.draw(st.lists(NUMBER, min_size=count, max_size=count)),
+        "tokenizer.ggml.token_type": data.draw(st.lists(st.integers(0, 7), min_size=count, max_size=count)),
+        "tokenizer.ggml.bos_token_id": data.draw(st.sampled_from([0, 1, 2, 0xFFFFFFFF])),
+        "tokenizer.ggml.eos_token_id": 0xFFFFFFFF,
+        "tokenizer.ggml.unknown_token_id": data.draw(st.sampled_from([0, 1, 0xFFFFFFFF])),
+        "tokenizer.ggml.add_space_prefix": data.draw(st.booleans()),
+    }
+    try:
+        rebuilt = Tokenizer.from_buffer(tokenizer_files(tmp_path, metadata)["tokenizer.json"])
+    except CheckpointError:
+        return
+    for text in ("", "ab  ba\n<s>é", "▁ a<unk>"):
+        rebuilt.decode(rebuilt.encode(text).ids)
