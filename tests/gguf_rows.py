@@ -17,7 +17,8 @@ SYMMETRIC = [kind for kind in KINDS if kind not in (Type.Q4_1, Type.Q5_1, Type.Q
 EXTREMES = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 1 / 3, -1, 1, 65504, -65504], np.float16)
 """Zeros, the smallest subnormal and normal, ordinary numbers, the largest."""
 
-_WRITTEN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]  # types that gguf can write
+_WRITTEN = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
+"""Types that gguf can write."""
 _FP16_AT = {
     **dict.fromkeys((Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q5_K), (0, 2)),
     Type.Q2_K: (80, 82),
