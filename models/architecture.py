@@ -42,8 +42,8 @@ class GgufLayout:
     epsilon: the norms' epsilon, as metadata without the prefix and as an entry of the HF config.json.
     experts: whether the files have experts; it tells two families of one name apart.
     config: entries of an HF config.json that the common mapping does not produce, or produces wrongly.
-    rstrip: special tokens swallow the white space behind them, except those for begin, unknown and padding; the files
-        do not say so.
+    rstrip: special tokens of a SentencePiece vocabulary swallow the white space behind them, except those for begin,
+        unknown and padding; the files do not say so.
     """
 
     name: str

@@ -80,8 +80,8 @@ def _added_tokens(vocabulary: Vocabulary, special: Mapping[str, int], rstrip: bo
     SentencePiece finds user-defined ones in the text with its spaces already written `▁`. Here that can be had where
     no space is put in front, which would be put in front of the tokens as well.
     """
-    normalized = vocabulary.metadata.get("tokenizer.ggml.model") == "llama"
-    normalized = normalized and not vocabulary.boolean("add_space_prefix", True)
+    sentencepiece = vocabulary.metadata.get("tokenizer.ggml.model") == "llama"
+    normalized = sentencepiece and not vocabulary.boolean("add_space_prefix", True)
     keeps = {special[name] for name in ("bos_token", "unk_token", "pad_token") if name in special}
     control = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
     others = vocabulary.of_type(TokenType.USER_DEFINED)
@@ -90,7 +90,7 @@ def _added_tokens(vocabulary: Vocabulary, special: Mapping[str, int], rstrip: bo
             text,
             special=text in control,
             normalized=normalized and text not in control,
-            rstrip=rstrip and i not in keeps,
+            rstrip=rstrip and sentencepiece and i not in keeps,
         )
         for text, i in (control | others).items()
     ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_files import add_value, metadata, permute
+from conftest import build_quietly
 from gguf import MODEL_ARCH as ARCH
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
@@ -23,6 +24,7 @@ from zonda.models.checkpoints.gguf_names import rename
 from zonda.models.checkpoints.gguf_reader import GgufFile, GgufTensor
 from zonda.models.loading import load_weights
 from zonda.models.stacking import stacked
+from zonda.runtime.bundle import open_bundle
 
 VOCAB, ROWS = 270, 64
 SIZES = {
@@ -367,6 +369,14 @@ def test_experts_in_mxfp4(name, tmp_path):
     check(tmp_path / "model.gguf", hf)
     stored = {info.stored for info in open_checkpoint(tmp_path / "model.gguf").tensors.values()}
     assert stored == {"F32", "MXFP4"}
+
+
+def test_a_bundle_of_experts_in_mxfp4_proves_itself(tmp_path):
+    write(tmp_path / "model.gguf", CASES["gpt-oss"], make_reference(CASES["gpt-oss"]), Type.MXFP4)
+    manifest = open_bundle(build_quietly(tmp_path / "model.gguf", tmp_path / "bundle", capacity=ROWS)).manifest
+    assert manifest.architecture == "GptOssForCausalLM"
+    assert manifest.quantization["dequantized"] == "MXFP4"
+    assert manifest.targets[0].parity.status == "passed"
 
 
 def file_of(**shapes: tuple[int, ...]) -> GgufFile:

@@ -127,6 +127,11 @@ def test_gpt_oss_ends_a_message_where_phi_3_ends_its_answer(tmp_path, more, ends
     assert [tokens[i] for i in ids] == ends
 
 
+def test_a_byte_level_vocabulary_strips_no_white_space(tmp_path):
+    """Phi-4, whose files are of Phi-3's architecture; llama.cpp strips for Phi-3 alone."""
+    assert tokenizer_files(tmp_path, metadata(), rstrip=True) == tokenizer_files(tmp_path, metadata())
+
+
 def test_an_empty_entry_of_the_vocabulary_gets_llama_cpps_name(tmp_path):
     tokens = [*TOKENS, ""]
     changes = {"ggml__tokens": tokens, "ggml__token_type": [*TYPES, *[1] * (len(tokens) - len(TYPES))]}
