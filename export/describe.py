@@ -8,7 +8,7 @@ from .. import BuildError, __version__
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
 from ..models.checkpoints.base import Checkpoint
-from ..models.quantize import count_weights, tensor_classes
+from ..models.quantize import count_weights, dequantized_types, tensor_classes
 from ..runtime import contract
 from ..runtime.manifest import (
     SCHEMA,
@@ -81,6 +81,7 @@ def make_manifest(
     """The manifest of a bundle with the ONNX Runtime target (without it if `parity` is None) and `others`."""
     shapes = module.kv_shapes
     source = checkpoint.source
+    dequantized = dequantized_types(module, checkpoint)
     targets = () if parity is None else (_onnxruntime_target(limits, parity, quality),)
     return Manifest(
         schema=SCHEMA,
@@ -93,7 +94,7 @@ def make_manifest(
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token(shapes),
-        quantization=tensor_classes(module) | {"kv": "float32"},
+        quantization=tensor_classes(module) | {"kv": "float32"} | ({"dequantized": dequantized} if dequantized else {}),
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
         targets=(*targets, *others),
         files=dict(files),

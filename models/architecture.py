@@ -4,7 +4,7 @@ It knows nothing of ONNX, engines or checkpoints' file formats; it only says how
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,29 +13,63 @@ from torch import Tensor, nn
 from .cache import Cache, KvShape
 from .rope import settle_regime
 
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
+"""A number between the dots of a tensor's name: a layer's, an expert's."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFacts:
+    """What a GGUF tells of its model's configuration.
+
+    keys: metadata without the `{name}.` prefix. tensors: the names of all tensors, as the file has them.
+    config: the entries of an HF config.json that all families have, already read.
+    """
+
+    keys: Mapping[str, Any]
+    tensors: Collection[str]
+    config: Mapping[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class GgufLayout:
     """How llama.cpp writes this family.
 
     name: the value of `general.architecture`.
-    tensors: module names, GGUF's -> the checkpoint's; `{}` stands for the layer number in both.
+    tensors: GGUF's modules -> the checkpoint's (`blk.{}.attn_q` -> `model.layers.{}.self_attn.q_proj`), or whole names,
+        where weight and bias part. `{}` stands for a number in both. A tuple of names shares the tensor's rows equally;
+        a name with one `{}` more is of as many tensors as there are rows.
     permuted: last module names (`q_proj`) whose rows are stored permuted for llama.cpp's interleaved RoPE.
-    config: metadata without the `{name}.` prefix -> entries of an HF config.json that the common mapping
-        does not produce.
+    epsilon: the norms' epsilon, as metadata without the prefix and as an entry of the HF config.json.
+    experts: whether the files have experts; it tells two families of one name apart.
+    config: entries of an HF config.json that the common mapping does not produce, or produces wrongly.
+    rstrip: special tokens of a SentencePiece vocabulary swallow the white space behind them, except those for begin,
+        unknown and padding; the files do not say so.
     """
 
     name: str
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str | tuple[str, ...]]
     permuted: tuple[str, ...] = ()
-    config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    epsilon: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+    experts: bool = False
+    config: Callable[[GgufFacts], dict[str, Any]] | None = None
+    rstrip: bool = False
 
-    def hf_name(self, name: str) -> str | None:
-        """The checkpoint's name of a GGUF tensor: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    def hf_names(self, name: str, rows: int) -> list[str]:
+        """The checkpoint's names of a GGUF tensor of `rows` rows, which they share equally; none if it is unknown.
+
+        `blk.3.attn_q.weight` -> [`model.layers.3.self_attn.q_proj.weight`].
+        """
         module, _, kind = name.rpartition(".")
-        layer = re.match(r"blk\.(\d+)\.", module)
-        known = self.tensors.get(re.sub(r"^blk\.\d+\.", "blk.{}.", module))
-        return f"{known.format(layer[1] if layer else '')}.{kind}" if known is not None else None
+        numbers = _NUMBER.findall(name)
+        for whole, suffix in ((name, ""), (module, f".{kind}")):
+            known = self.tensors.get(_NUMBER.sub("{}", whole))
+            if known is not None:
+                patterns = (known,) if isinstance(known, str) else known
+                counted = (
+                    [[*numbers, row] for row in range(rows)] if patterns[0].count("{}") > len(numbers) else [numbers]
+                )
+                return [pattern.format(*places) + suffix for places in counted for pattern in patterns]
+        return []
 
 
 @dataclass(frozen=True, slots=True)

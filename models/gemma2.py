@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import Architecture, GgufLayout
+from .architecture import Architecture, GgufFacts, GgufLayout
 from .cache import LayerCache
 from .config import ConfigReader, DecoderConfig, read_decoder, read_windows
 from .decoder import GGUF_TENSORS, Attention, GatedMlp
@@ -116,7 +116,8 @@ def gguf_query_scalar(keys: Mapping[str, Any], layers_of_27b: int) -> float:
     return float(keys["attention.key_length"])
 
 
-def _gguf_config(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
+    keys = facts.keys
     caps = ("attn_logit_softcapping", "final_logit_softcapping")
     config = {cap: keys[cap] for cap in caps if cap in keys}
     return {**GGUF_CONFIG, **config, "query_pre_attn_scalar": gguf_query_scalar(keys, 46)}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .architecture import Architecture, GgufLayout
+from .architecture import Architecture, GgufFacts, GgufLayout
 from .config import ConfigReader, DecoderConfig, read_decoder, read_windows
 from .decoder import GatedMlp, QkNormAttention
 from .gemma import GELU, GGUF_CONFIG, GemmaDecoder, OffsetRmsNorm
@@ -93,7 +93,8 @@ class Gemma3(GemmaDecoder):
         self.final_logit_softcapping = cfg.final_logit_softcapping
 
 
-def _gguf_config(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
+    keys = facts.keys
     names = {"attention.sliding_window_pattern": "sliding_window_pattern", "rope.freq_base_swa": "rope_local_base_freq"}
     config = {name: keys[key] for key, name in names.items() if key in keys}
     return {**GGUF_CONFIG, **config, "query_pre_attn_scalar": gguf_query_scalar(keys, 62)}

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture, Stack
+from .architecture import Architecture, GgufFacts, GgufLayout, Stack
 from .cache import LayerCache
 from .config import ConfigReader, DecoderConfig, read_decoder, read_windows
-from .decoder import Attention, Block, Decoder
+from .decoder import GGUF_TENSORS, Attention, Block, Decoder
 from .layers import Experts, Linear, RmsNorm, RotaryEmbedding
 from .rope import RopeConfig, read_rope
 
@@ -104,11 +104,46 @@ class GptOss(Decoder):
         super().__init__(cfg, layers, RmsNorm(cfg.hidden_size, cfg.rms_norm_eps))
 
 
-_GATE_UP, _DOWN = (f"model.layers.{{layer}}.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
+def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
+    """Files do not say that YaRN's ramp is not truncated (and llama.cpp truncates it): all published models say so."""
+    names = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+    facts.keys.get("expert_feed_forward_length")  # the same as feed_forward_length
+    scaling = facts.config.get("rope_scaling", {"rope_type": "default"})
+    return {
+        **{name: facts.keys[key] for key, name in names.items() if key in facts.keys},
+        "rope_scaling": scaling | {"truncate": False},
+    }
+
+
+_EXPERTS = "model.layers.{layer}.mlp.experts"
+_GATE_UP, _DOWN = f"{_EXPERTS}.gate_up_proj", f"{_EXPERTS}.down_proj"
+_GGUF_EXPERTS = "model.layers.{}.mlp.experts"
 
 GPT_OSS = Architecture(
     names=("GptOssForCausalLM",),
     read_config=GptOssConfig.read,
     build=GptOss,
-    stacks=(Stack(_GATE_UP, (_GATE_UP,), transposed=True), Stack(_DOWN, (_DOWN,), transposed=True)),
+    gguf=GgufLayout(
+        name="gpt-oss",
+        experts=True,
+        tensors={
+            **GGUF_TENSORS,
+            "blk.{}.post_attention_norm": "model.layers.{}.post_attention_layernorm",
+            "blk.{}.attn_sinks.weight": "model.layers.{}.self_attn.sinks",
+            "blk.{}.ffn_gate_inp": "model.layers.{}.mlp.router",
+            "blk.{}.ffn_gate_exps": f"{_GGUF_EXPERTS}.gate_proj",
+            "blk.{}.ffn_up_exps": f"{_GGUF_EXPERTS}.up_proj",
+            "blk.{}.ffn_down_exps": f"{_GGUF_EXPERTS}.down_proj",
+            "blk.{}.ffn_down_exps.bias": f"{_GGUF_EXPERTS}.down_proj_bias",
+        },
+        config=_gguf_config,
+    ),
+    stacks=(
+        Stack(_GATE_UP, (_GATE_UP,), transposed=True),
+        Stack(_DOWN, (_DOWN,), transposed=True),
+        # a GGUF has gate and up apart, and no matrix transposed
+        Stack(_GATE_UP, (f"{_EXPERTS}.gate_proj.weight", f"{_EXPERTS}.up_proj.weight")),
+        Stack(f"{_GATE_UP}_bias", (f"{_EXPERTS}.gate_proj.bias", f"{_EXPERTS}.up_proj.bias")),
+        Stack(_DOWN, (f"{_EXPERTS}.down_proj.weight",)),
+    ),
 )

@@ -100,6 +100,6 @@ GRANITE = Architecture(
         name="granite",
         tensors=GGUF_TENSORS,
         permuted=("q_proj", "k_proj"),
-        config=lambda keys: {name: keys[key] for key, name in _GGUF_KEYS.items() if key in keys},
+        config=lambda facts: {name: facts.keys[key] for key, name in _GGUF_KEYS.items() if key in facts.keys},
     ),
 )

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import Architecture, Stack
+from .architecture import Architecture, GgufLayout, Stack
 from .cache import LayerCache
 from .config import ConfigReader, DecoderConfig, read_decoder
-from .decoder import Attention, Decoder, SparseMoe
+from .decoder import GGUF_TENSORS, Attention, Decoder, SparseMoe
 from .layers import Experts, RmsNorm, RotaryEmbedding
 from .rope import RopeConfig, read_rope
 
@@ -69,11 +69,31 @@ class Mixtral(Decoder):
 
 
 _EXPERTS = "model.layers.{layer}.block_sparse_moe.experts"
+_GGUF_EXPERTS = "model.layers.{}.block_sparse_moe.experts"
 
 MIXTRAL = Architecture(
     names=("MixtralForCausalLM",),
     read_config=MixtralConfig.read,
     build=Mixtral,
+    gguf=GgufLayout(
+        name="llama",
+        experts=True,
+        tensors={
+            **GGUF_TENSORS,
+            "blk.{}.ffn_gate_inp": "model.layers.{}.block_sparse_moe.gate",
+            "blk.{}.ffn_gate_exps": f"{_GGUF_EXPERTS}.w1",
+            "blk.{}.ffn_up_exps": f"{_GGUF_EXPERTS}.w3",
+            "blk.{}.ffn_down_exps": f"{_GGUF_EXPERTS}.w2",
+            "blk.{}.ffn_gate.{}": f"{_GGUF_EXPERTS}.{{}}.w1",  # older files have each expert by itself
+            "blk.{}.ffn_up.{}": f"{_GGUF_EXPERTS}.{{}}.w3",
+            "blk.{}.ffn_down.{}": f"{_GGUF_EXPERTS}.{{}}.w2",
+        },
+        permuted=("q_proj", "k_proj"),
+        config=lambda facts: {
+            "num_local_experts": facts.keys["expert_count"],
+            "num_experts_per_tok": facts.keys.get("expert_used_count"),
+        },
+    ),
     stacks=(
         Stack(f"{_EXPERTS}.gate_up_proj", (f"{_EXPERTS}.{{expert}}.w1.weight", f"{_EXPERTS}.{{expert}}.w3.weight")),
         Stack(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.{{expert}}.w2.weight",)),

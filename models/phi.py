@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import Architecture
+from .architecture import Architecture, GgufLayout
 from .cache import LayerCache
 from .config import ConfigReader, DecoderConfig, read_decoder
-from .decoder import CachedAttention, Decoder, ParallelBlock
+from .decoder import GGUF_TENSORS, CachedAttention, Decoder, ParallelBlock
 from .layers import ACTIVATIONS, LayerNorm, Linear, RotaryEmbedding
 from .rope import RopeConfig, read_rope
 
@@ -84,4 +84,23 @@ class Phi(Decoder):
         super().__init__(cfg, layers, final_layernorm, norm_name="final_layernorm", head_bias=True)
 
 
-PHI = Architecture(names=("PhiForCausalLM",), read_config=PhiConfig.read, build=Phi)
+_ATTENTION = "model.layers.{}.self_attn"
+
+PHI = Architecture(
+    names=("PhiForCausalLM",),
+    read_config=PhiConfig.read,
+    build=Phi,
+    gguf=GgufLayout(
+        name="phi2",
+        tensors={
+            **GGUF_TENSORS,
+            "blk.{}.attn_qkv": (f"{_ATTENTION}.q_proj", f"{_ATTENTION}.k_proj", f"{_ATTENTION}.v_proj"),  # older files
+            "blk.{}.attn_output": f"{_ATTENTION}.dense",
+            "blk.{}.ffn_up": "model.layers.{}.mlp.fc1",
+            "blk.{}.ffn_down": "model.layers.{}.mlp.fc2",
+            "output_norm": "model.final_layernorm",
+        },
+        epsilon=("attention.layer_norm_epsilon", "layer_norm_eps"),
+        config=lambda _: {"hidden_act": "gelu_new"},
+    ),
+)

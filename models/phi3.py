@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import Architecture, GgufLayout
+from .architecture import Architecture, GgufFacts, GgufLayout
 from .cache import LayerCache
 from .config import ConfigReader, DecoderConfig, read_decoder
 from .decoder import Block, CachedAttention, Decoder
@@ -88,9 +88,9 @@ class Phi3(Decoder):
         super().__init__(cfg, layers, RmsNorm(cfg.hidden_size, cfg.rms_norm_eps))
 
 
-def _gguf_config(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The original length is written for every Phi 3; a scaling comes with tensors, which are refused by name."""
-    original = keys.get("rope.scaling.original_context_length")
+def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
+    """The original length is written for every Phi 3, scaled or not."""
+    original = facts.keys.get("rope.scaling.original_context_length")
     return {} if original is None else {"original_max_position_embeddings": original}
 
 
@@ -112,5 +112,6 @@ PHI3 = Architecture(
             "output": "lm_head",
         },
         config=_gguf_config,
+        rstrip=True,
     ),
 )

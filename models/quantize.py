@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from .checkpoints.base import Checkpoint
+from .checkpoints.base import FLOATS, Checkpoint
 from .layers import BlockQuantizedWeight, Embedding, Linear, QEmbedding, QLinear, RmsNorm
 from .loading import aliases, wanted_tensors
 from .quantization import Form
@@ -90,6 +90,18 @@ def tensor_classes(model: nn.Module) -> dict[str, str]:
             if isinstance(module, types):
                 held[name].add(str(module.form) if isinstance(module, BlockQuantizedWeight) else "float32")
     return {name: "; ".join(sorted(forms)) for name, forms in held.items() if forms}
+
+
+def dequantized_types(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """The stored types of weights that the checkpoint quantises and `model` holds in floats: `IQ3_S, MXFP4`, or none.
+
+    Args:
+        model: after `quantize_modules`, if it is called.
+        checkpoint: whose tensor names are the model's.
+    """
+    wanted = {name for name, tensor in wanted_tensors(model).items() if tensor.form is None}
+    stored = {info.stored for name, info in checkpoint.tensors.items() if name in wanted}
+    return ", ".join(sorted(stored.difference(FLOATS)))
 
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .architecture import Architecture, GgufLayout, Stack
+from .architecture import Architecture, GgufFacts, GgufLayout, Stack
 from .config import ConfigReader, DecoderConfig, read_decoder
 from .decoder import GGUF_TENSORS, Block, Decoder, GatedMlp, QkNormAttention, SparseMoe
 from .layers import Experts, RmsNorm, RotaryEmbedding
@@ -83,14 +83,14 @@ class Qwen3Moe(Decoder):
         super().__init__(cfg, layers, RmsNorm(cfg.hidden_size, cfg.rms_norm_eps))
 
 
-def _gguf_config(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
     """llama.cpp normalises the chosen experts' weights, whatever the original configuration says."""
     names = {
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
     }
-    return {"norm_topk_prob": True, **{name: keys[key] for key, name in names.items() if key in keys}}
+    return {"norm_topk_prob": True, **{name: facts.keys[key] for key, name in names.items() if key in facts.keys}}
 
 
 _EXPERTS = "model.layers.{layer}.mlp.experts"
@@ -101,6 +101,7 @@ QWEN3_MOE = Architecture(
     build=Qwen3Moe,
     gguf=GgufLayout(
         name="qwen3moe",
+        experts=True,
         tensors={
             **GGUF_TENSORS,
             "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",

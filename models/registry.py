@@ -71,16 +71,21 @@ def of_config(config: Mapping[str, Any]) -> Architecture:
     return find(names[0])
 
 
-def find_gguf(name: str) -> Architecture:
+def find_gguf(name: str, *, experts: bool = False) -> Architecture:
     """Return the architecture whose GGUF `general.architecture` is `name`.
+
+    Args:
+        name: as the file has it.
+        experts: whether the file has any; it decides where a name is that of two architectures.
 
     Raises:
         UnsupportedArchitectureError: none does; the message lists the ones that exist.
     """
-    for architecture in ARCHITECTURES:
-        if architecture.gguf is not None and architecture.gguf.name == name:
-            return architecture
-    raise _unsupported(name, sorted(a.gguf.name for a in ARCHITECTURES if a.gguf is not None))
+    layouts = [(a.gguf, a) for a in ARCHITECTURES if a.gguf is not None]
+    found = [(layout, architecture) for layout, architecture in layouts if layout.name == name]
+    if not found:
+        raise _unsupported(name, sorted({layout.name for layout, _ in layouts}))
+    return min(found, key=lambda pair: pair[0].experts != experts)[1]
 
 
 def _unsupported(name: str, known: list[str]) -> UnsupportedArchitectureError:

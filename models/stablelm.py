@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .architecture import Architecture
+from .architecture import Architecture, GgufFacts, GgufLayout
 from .config import ConfigReader, DecoderConfig, read_decoder
-from .decoder import Attention, Block, Decoder, GatedMlp, ParallelBlock
+from .decoder import GGUF_TENSORS, Attention, Block, Decoder, GatedMlp, ParallelBlock
 from .layers import ACTIVATIONS, LayerNorm, RotaryEmbedding
 from .rope import RopeConfig, read_rope
 
@@ -109,4 +109,28 @@ class StableLm(Decoder):
         super().__init__(cfg, layers, LayerNorm(cfg.hidden_size, cfg.layer_norm_eps))
 
 
-STABLELM = Architecture(names=("StableLmForCausalLM",), read_config=StableLmConfig.read, build=StableLm)
+def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
+    """The key `use_parallel_residual` is true in files of either form; llama.cpp goes by the second norm, as we do."""
+    facts.keys.get("use_parallel_residual")
+    return {
+        "use_qkv_bias": facts.config["attention_bias"],
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in facts.tensors,
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in facts.tensors,
+    }
+
+
+STABLELM = Architecture(
+    names=("StableLmForCausalLM",),
+    read_config=StableLmConfig.read,
+    build=StableLm,
+    gguf=GgufLayout(
+        name="stablelm",
+        tensors={
+            **GGUF_TENSORS,
+            "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_layernorm.norms.{}",
+            "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_layernorm.norms.{}",
+        },
+        epsilon=("attention.layer_norm_epsilon", "layer_norm_eps"),
+        config=_gguf_config,
+    ),
+)

@@ -94,12 +94,12 @@ class StackedCheckpoint:
         for source in recipe.sources:
             infos = [self._checkpoint.tensors[one] for one in source.names]
             shapes |= {info.shape if source.whole else (len(infos), *info.shape) for info in infos}
-        if len(shapes) != 1 or not all(len(shape) == 3 for shape in shapes):
+        possible = (3,) if recipe.transposed else (2, 3)
+        if len(shapes) != 1 or not all(len(shape) in possible for shape in shapes):
             raise CheckpointError(f"{self.source.name}: the experts that make up {name} differ in shape or number")
-        experts, rows, columns = shapes.pop()
-        if recipe.transposed:
-            rows, columns = columns, rows
-        return TensorInfo((experts, len(recipe.sources) * rows, columns), infos[0].dtype, infos[0].stored)
+        experts, *matrix = shapes.pop()
+        rows, *columns = reversed(matrix) if recipe.transposed else matrix
+        return TensorInfo((experts, len(recipe.sources) * rows, *columns), infos[0].dtype, infos[0].stored)
 
 
 def _find(checkpoint: Checkpoint, source: str) -> dict[int, _Source]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import Architecture
+from .architecture import Architecture, GgufLayout
 from .config import ConfigReader, DecoderConfig, read_decoder
-from .decoder import Attention, Block, Decoder
+from .decoder import GGUF_TENSORS, Attention, Block, Decoder
 from .layers import ACTIVATIONS, LayerNorm, Linear, RotaryEmbedding
 from .rope import RopeConfig, read_rope
 
@@ -72,4 +72,18 @@ class Starcoder2(Decoder):
         super().__init__(cfg, layers, LayerNorm(cfg.hidden_size, cfg.norm_epsilon))
 
 
-STARCODER2 = Architecture(names=("Starcoder2ForCausalLM",), read_config=Starcoder2Config.read, build=Starcoder2)
+STARCODER2 = Architecture(
+    names=("Starcoder2ForCausalLM",),
+    read_config=Starcoder2Config.read,
+    build=Starcoder2,
+    gguf=GgufLayout(
+        name="starcoder2",
+        tensors={
+            **GGUF_TENSORS,
+            "blk.{}.ffn_up": "model.layers.{}.mlp.c_fc",
+            "blk.{}.ffn_down": "model.layers.{}.mlp.c_proj",
+        },
+        epsilon=("attention.layer_norm_epsilon", "norm_epsilon"),
+        config=lambda facts: {"hidden_act": "gelu_pytorch_tanh", "use_bias": facts.config["attention_bias"]},
+    ),
+)

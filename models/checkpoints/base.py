@@ -20,6 +20,9 @@ TEXT_FILES = (
 )
 """Files that travel from a checkpoint into the bundle."""
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Stored types that `Checkpoint.load` gives as they are; all others it dequantises."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

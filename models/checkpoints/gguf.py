@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint: tensors get HF names, HF row order and float values; nothing is kept in memory."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from ... import CheckpointError
 from .. import registry
-from ..architecture import GgufLayout
 from ..quantization import BlockQuantized, Form
-from .base import CheckpointSource, TensorInfo, files_sha256
+from .base import FLOATS, CheckpointSource, TensorInfo, files_sha256
 from .gguf_blocks import form_of, read_rows
 from .gguf_config import read_config
-from .gguf_reader import GgufFile, GgufTensor, read_gguf
+from .gguf_names import rename
+from .gguf_reader import GgufFile, GgufTensor
+from .gguf_rope import ROPE_FACTORS
+from .gguf_split import read_gguf_parts
 from .gguf_tokenizer import tokenizer_files
+
+_log = logging.getLogger(__name__)
 
 _FLOATS = {
     GGMLQuantizationType.F64: torch.float64,
@@ -29,7 +34,7 @@ _FLOATS = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp's form of the llama3 scaling: a divisor a frequency
+_MAX_FREQUENCIES = 1 << 12  # half a head's width
 _CHUNK = 1 << 20  # elements dequantised at a time: the peak is the tensor and a little
 
 
@@ -46,22 +51,19 @@ class GgufCheckpoint:
             UnsupportedArchitectureError: of an architecture that Zonda does not have.
         """
         self._path = path
-        self._file = read_gguf(path)
+        self._file = read_gguf_parts(path)
         metadata = self._file.metadata
-        if metadata.get("split.count", 1) != 1:
-            raise CheckpointError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
         name = metadata.get("general.architecture")
         if not isinstance(name, str):
             raise CheckpointError(f"{path}: the metadata key 'general.architecture' is missing, or no text")
-        architecture = registry.find_gguf(name)
+        architecture = registry.find_gguf(name, experts=bool(metadata.get(f"{name}.expert_count")))
         assert architecture.gguf is not None
         self._layout = architecture.gguf
         _refuse_types(path, self._file)
-        self._stored = _rename(path, self._file, self._layout)
-        self.files: Mapping[str, bytes] = tokenizer_files(path, metadata)
-        factors = self._file.tensors.get(_ROPE_FACTORS)
-        rope_factors = None if factors is None else _values(self._file, factors, None).float().flatten().numpy()
-        self.config: dict[str, Any] = read_config(path, self._file, self._layout, architecture.names[0], rope_factors)
+        self._stored = rename(path, self._file, self._layout)
+        self.files: Mapping[str, bytes] = tokenizer_files(path, metadata, rstrip=self._layout.rstrip)
+        factors = _rope_factors(path, self._file)
+        self.config: dict[str, Any] = read_config(path, self._file, self._layout, architecture.names[0], factors)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(
                 tensor.shape,
@@ -71,6 +73,9 @@ class GgufCheckpoint:
             )
             for name, tensor in self._stored.items()
         }
+        formless = {info.stored for info in self.tensors.values() if info.form is None}.difference(FLOATS)
+        if formless:
+            _log.warning("%s: tensors of %s are dequantised to float32", path, ", ".join(sorted(formless)))
         weights: Counter[str] = Counter()
         for tensor in self._stored.values():
             weights[tensor.type.name] += math.prod(tensor.shape)
@@ -99,12 +104,10 @@ class GgufCheckpoint:
 
     def sha256(self) -> dict[str, str]:
         """See `Checkpoint`."""
-        return files_sha256([self._path])
+        return files_sha256([part.path for part in self._file.parts])
 
     def _find(self, name: str) -> tuple[GgufTensor, Tensor | None]:
         """A tensor and which row each of its stored rows becomes, None if they lie in order."""
-        if self._path.stat().st_size != len(self._file.mapping):
-            raise CheckpointError(f"{self._path} changed its size since it was opened")
         tensor = self._stored[name]
         module = name.split(".")[-2]
         order = None
@@ -114,22 +117,6 @@ class GgufCheckpoint:
                 raise CheckpointError(f"{self._path}: the {tensor.shape[0]} rows of {tensor.name} are no {heads} heads")
             order = _row_order(tensor.shape[0], heads)
         return tensor, order
-
-
-def _rename(path: Path, file: GgufFile, layout: GgufLayout) -> dict[str, GgufTensor]:
-    """HF name -> tensor; a tensor that the architecture has no name for is an error."""
-    renamed, unknown = {}, []
-    for name, tensor in file.tensors.items():
-        if name == _ROPE_FACTORS:
-            continue
-        new = layout.hf_name(name)
-        if new is None:
-            unknown.append(name)
-        else:
-            renamed[new] = tensor
-    if unknown:
-        raise CheckpointError(f"{path}: {len(unknown)} tensors are unknown to {layout.name}: {', '.join(unknown[:8])}")
-    return renamed
 
 
 def _refuse_types(path: Path, file: GgufFile) -> None:
@@ -143,12 +130,28 @@ def _refuse_types(path: Path, file: GgufFile) -> None:
             ) from None
 
 
+def _rope_factors(path: Path, file: GgufFile) -> dict[str, list[float]]:
+    """The tensors that scale RoPE, by name."""
+    found = {name: file.tensors[name] for name in ROPE_FACTORS if name in file.tensors}
+    for name, tensor in found.items():
+        if math.prod(tensor.shape) > _MAX_FREQUENCIES:
+            raise CheckpointError(
+                f"{path}: {name} has {math.prod(tensor.shape):,} numbers, more than a head can turn by"
+            )
+    return {name: _values(file, tensor, None).double().flatten().tolist() for name, tensor in found.items()}
+
+
 def _values(file: GgufFile, tensor: GgufTensor, order: Tensor | None) -> Tensor:
     """The tensor as torch has it; `order` says which row each stored row becomes. Blocks never cross rows."""
     dtype = _FLOATS.get(tensor.type, torch.float32)
-    one_row = len(tensor.shape) == 1 and tensor.type not in _FLOATS
-    rows = 1 if one_row else tensor.shape[0]
-    columns = math.prod(tensor.shape) // rows
+    elements = math.prod(tensor.shape)
+    if order is not None:
+        rows = tensor.shape[0]
+    elif len(tensor.shape) == 1:
+        rows = elements if tensor.type in _FLOATS else 1
+    else:
+        rows = elements // tensor.shape[-1]
+    columns = elements // rows
     values = torch.empty(rows, columns, dtype=dtype)
     for where, part in _chunks(file.raw(tensor).reshape(rows, -1), columns, order):
         if tensor.type in _FLOATS:

@@ -3,7 +3,9 @@
 Layouts: github.com/ggml-org/ggml, src/ggml-common.h and dequantize_row_* in src/ggml-quants.c. A scale is the block's
 own fp16 number, or its product with a 6 or 8 bit sub-block scale: exact in float32. Codes are moved so that the middle
 of their range is the zero point (integer activations then lose least), so a type with a minimum m gets the offset
-`middle * scale + m`, rounded once to float32. Whatever has 5 or 6 bits goes into 8.
+`middle * scale + m`, rounded once to float32. Whatever has 5 or 6 bits goes into 8, and so does what means one of 16
+numbers by a table, all of which are small integers; 2 and 3 bits go into 4. Types whose codes stand for several weights
+at once (IQ1 to IQ3) or that share a scale among 256 (TQ) have no form.
 """
 
 from collections.abc import Callable
@@ -50,7 +52,8 @@ def read_rows(rows: Bytes, kind: Type) -> Parts:
     layout = _LAYOUTS[kind]
     codes, scales, minima = layout.read(np.ascontiguousarray(rows).reshape(-1, GGML_QUANT_SIZES[kind][1]))
     middle = 1 << layout.range_bits - 1
-    codes = codes[:, 0::2] | _high(codes[:, 1::2]) if layout.form.bits == 4 else codes + np.uint8(128 - middle)
+    codes = codes + np.uint8((1 << layout.form.bits - 1) - middle)
+    codes = codes[:, 0::2] | _high(codes[:, 1::2]) if layout.form.bits == 4 else codes
     offsets = None if minima is None else np.float32(middle) * scales + minima
     count = len(rows)
     return codes.reshape(count, -1), scales.reshape(count, -1), None if offsets is None else offsets.reshape(count, -1)
@@ -123,6 +126,61 @@ def _q6_k(blocks: Bytes) -> Parts:
     return codes, _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32), None
 
 
+def _q2_k(blocks: Bytes) -> Parts:
+    packed, scales = _pairs(blocks[:, 16:80]), blocks[:, :16]
+    minima = -_half(blocks, 82) * (scales >> 4).astype(np.float32)
+    return packed, _half(blocks, 80) * (scales & 15).astype(np.float32), minima
+
+
+def _q3_k(blocks: Bytes) -> Parts:
+    bits = np.arange(8, dtype=np.uint8)[:, None]  # bit j of byte i is the third of code 32 j + i
+    third = blocks[:, None, :32] >> bits & np.uint8(1)
+    codes = _pairs(blocks[:, 32:96]) | (third << np.uint8(2)).reshape(len(blocks), -1)
+    low, high = _nibbles(blocks[:, 96:104], 8), _pairs(blocks[:, 104:108], 4)
+    scales = (low | high << np.uint8(4)).astype(np.float32) - np.float32(32)
+    return codes, _half(blocks, 108) * scales, None
+
+
+def _iq4_nl(blocks: Bytes) -> Parts:
+    return _IQ4[_nibbles(blocks[:, 2:], 16)], _half(blocks, 0), None
+
+
+def _iq4_xs(blocks: Bytes) -> Parts:
+    low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), -1).reshape(len(blocks), -1)
+    high = blocks[:, 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
+    scales = (low | high.reshape(len(blocks), -1) << np.uint8(4)).astype(np.float32) - np.float32(32)
+    return _IQ4[_nibbles(blocks[:, 8:], 16)], _half(blocks, 0) * scales, None
+
+
+def _mxfp4(blocks: Bytes) -> Parts:
+    """OCP Microscaling Formats 1.0, section 5: E2M1 numbers, here doubled, times a power of two, here halved."""
+    exponents = blocks[:, :1].astype(np.int32)
+    return _E2M1[_nibbles(blocks[:, 1:], 16)], np.ldexp(np.float32(1), exponents - 128), None
+
+
+def _nvfp4(blocks: Bytes) -> Parts:
+    """E2M1 numbers, here doubled, times an unsigned E4M3 one, here halved; 0x7F, its NaN, stands for zero in ggml."""
+    numbers = blocks[:, :4].astype(np.int32)
+    exponents, fractions = numbers >> 3 & 15, numbers & 7
+    scales = np.ldexp((fractions + 8 * (exponents > 0)).astype(np.float32), np.maximum(exponents, 1) - 11)
+    return _E2M1[_nibbles(blocks[:, 4:], 8)], np.where(numbers == 0x7F, np.float32(0), scales), None
+
+
+def _pairs(packed: Bytes, width: int = 32) -> Bytes:
+    """Each `width` bytes hold 4 * width codes of 2 bits: all lowest bits, then those above them."""
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    codes: Bytes = packed.reshape(len(packed), -1, 1, width) >> shifts & np.uint8(3)
+    return codes.reshape(len(packed), -1)
+
+
+def _table(*numbers: int) -> Bytes:
+    """What a code of 4 bits means, as a code of 8 bits whose zero is 128."""
+    return np.array([128 + number for number in numbers], np.uint8)
+
+
+_IQ4 = _table(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = _table(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
 _LAYOUTS = {
     Type.Q4_0: _Layout(Form(4, 32, offsets=False), 4, _q4_0),
     Type.Q4_1: _Layout(Form(4, 32, offsets=True), 4, _q4_1),
@@ -132,4 +190,10 @@ _LAYOUTS = {
     Type.Q4_K: _Layout(Form(4, 32, offsets=True), 4, _q4_k),
     Type.Q5_K: _Layout(Form(8, 32, offsets=True), 5, _q5_k),
     Type.Q6_K: _Layout(Form(8, 16, offsets=False), 6, _q6_k),
+    Type.Q2_K: _Layout(Form(4, 16, offsets=True), 2, _q2_k),
+    Type.Q3_K: _Layout(Form(4, 16, offsets=False), 3, _q3_k),
+    Type.IQ4_NL: _Layout(Form(8, 32, offsets=False), 8, _iq4_nl),
+    Type.IQ4_XS: _Layout(Form(8, 32, offsets=False), 8, _iq4_xs),
+    Type.MXFP4: _Layout(Form(8, 32, offsets=False), 8, _mxfp4),
+    Type.NVFP4: _Layout(Form(8, 16, offsets=False), 8, _nvfp4),
 }

@@ -4,87 +4,22 @@ A key of the architecture's own that nothing here reads may change the mathemati
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ... import CheckpointError
-from ..architecture import GgufLayout
+from ..architecture import GgufFacts, GgufLayout
+from .gguf_keys import ArchitectureKeys
 from .gguf_reader import GgufFile
-from .gguf_tokenizer import token_id
+from .gguf_rope import read_rope
+from .gguf_vocabulary import token_id
 
 _EMBEDDING = "token_embd.weight"
-_MAX_SIZE = 1 << 24  # vocabularies reach 2^18, contexts 10 million
 _HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "attention.causal")
 
 
-class ArchitectureKeys(Mapping[str, Any]):
-    """The metadata under `{architecture}.`, without that prefix, with typed reads; it remembers what was asked for."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, Any], name: str) -> None:
-        self.path = path
-        self._name = name
-        prefix = f"{name}."
-        self._values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-        self._asked: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self._asked.add(key)
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """An integer in 1 … 2^24."""
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
-            raise self._wrong(key, f"an integer in 1 … {_MAX_SIZE:,}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise self._wrong(key, "a positive number")
-        return float(value)
-
-    def choice(self, key: str, allowed: Sequence[str]) -> str:
-        """One of `allowed`, the first if the key is absent."""
-        value = self.get(key, allowed[0])
-        if value not in allowed:
-            raise self._wrong(key, f"one of {', '.join(allowed)}")
-        return str(value)
-
-    def error(self, message: str) -> CheckpointError:
-        """The error to raise for what only the caller can judge."""
-        return CheckpointError(f"{self.path}: {message}")
-
-    def refuse_unread(self) -> None:
-        """Raise if a key that nobody asked for is set to anything but zero, false or nothing."""
-        if unread := [key for key, value in self._values.items() if key not in self._asked and value]:
-            listed = ", ".join(f"{self._name}.{key}" for key in unread[:8])
-            raise self.error(f"metadata that this version does not know, and that may change the mathematics: {listed}")
-
-    def _required(self, key: str, default: Any) -> Any:
-        value = self.get(key, default)
-        if value is None:
-            raise self.error(f"the metadata key '{self._name}.{key}' is missing")
-        return value
-
-    def _wrong(self, key: str, wanted: str) -> CheckpointError:
-        found = repr(self._values[key])
-        shown = found if len(found) <= 80 else f"{found[:80]}…"
-        return self.error(f"the metadata key '{self._name}.{key}' must be {wanted}, found {shown}")
-
-
 def read_config(
-    path: Path, file: GgufFile, layout: GgufLayout, class_name: str, rope_factors: np.ndarray[Any, Any] | None
+    path: Path, file: GgufFile, layout: GgufLayout, class_name: str, rope_factors: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
     """Translate the metadata.
 
@@ -93,7 +28,7 @@ def read_config(
         file: the header.
         layout: of the file's architecture.
         class_name: the HF class, for `architectures`.
-        rope_factors: (head_dim / 2,) float32, a divisor of each RoPE frequency, where the file has them.
+        rope_factors: the tensors `ROPE_FACTORS` that the file has.
 
     Raises:
         CheckpointError: a key is missing, impossible or not known, or metadata and tensors contradict each other.
@@ -114,14 +49,14 @@ def read_config(
         "num_attention_heads": heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        layout.epsilon[1]: keys.number(layout.epsilon[0]),
         "max_position_embeddings": keys.integer("context_length"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
-    config |= _rope(keys, layout, head_dim, rope_factors)
+    config |= read_rope(keys, layout, head_dim, rope_factors)
     if keys.get("attention.sliding_window"):
         config["sliding_window"] = keys.integer("attention.sliding_window")
     for name in ("bos", "eos"):
@@ -129,7 +64,7 @@ def read_config(
         if number is not None:
             config[f"{name}_token_id"] = number
     if layout.config is not None:
-        config |= layout.config(keys)
+        config |= layout.config(GgufFacts(keys, file.tensors.keys(), config))
     for key in _HARMLESS:
         keys.get(key)
     keys.refuse_unread()
@@ -156,41 +91,3 @@ def _layers(keys: ArchitectureKeys, file: GgufFile) -> int:
     if len(found) != count:
         raise keys.error(f"block_count is {count:,}, but there are tensors of {len(found):,} layers")
     return count
-
-
-def _rope(
-    keys: ArchitectureKeys, layout: GgufLayout, head_dim: int, factors: np.ndarray[Any, Any] | None
-) -> dict[str, Any]:
-    config: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base", 10_000.0)}
-    rotary_dim = keys.integer("rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
-        if layout.permuted:
-            raise keys.error(f"rope.dimension_count {rotary_dim} differs from the head's {head_dim}: not supported")
-        config["partial_rotary_factor"] = rotary_dim / head_dim
-    scaling = _rope_scaling(keys)
-    if factors is not None:
-        if scaling is not None:
-            raise keys.error("RoPE is scaled by metadata and by rope_freqs.weight at once, which is not supported")
-        if len(factors) != rotary_dim // 2 or not np.all(np.isfinite(factors) & (factors > 0)):
-            raise keys.error(f"rope_freqs.weight must hold {rotary_dim // 2} positive numbers")
-        scaling = {"rope_type": "factors", "factors": factors.tolist()}
-    if scaling is not None:
-        config["rope_scaling"] = scaling
-    return config
-
-
-def _rope_scaling(keys: ArchitectureKeys) -> dict[str, Any] | None:
-    """`rope.scaling.*`; an attention factor of its own stays unread, and so refused, because HF has another formula."""
-    linear = keys.number("rope.scale_linear", 1.0)  # the key that `rope.scaling.*` replaced
-    if linear != 1.0:
-        return {"rope_type": "linear", "factor": linear}
-    kind = keys.choice("rope.scaling.type", ("none", "linear", "yarn"))
-    if kind == "none":
-        return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.number("rope.scaling.factor")}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length")
-        for beta in ("beta_fast", "beta_slow"):
-            if f"rope.scaling.yarn_{beta}" in keys:
-                scaling[beta] = keys.number(f"rope.scaling.yarn_{beta}")
-    return scaling

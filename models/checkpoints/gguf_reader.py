@@ -40,31 +40,48 @@ _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """shape: rows first, as torch has it. offset, nbytes: the place of its data in the file."""
+    """shape: rows first, as torch has it. offset, nbytes: the place of its data in the file. part: which file."""
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPart:
+    """A file, and all of it mapped."""
+
+    path: Path
+    mapping: mmap.mmap
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checked file: metadata by key (arrays as lists), tensors by name, and the whole file mapped."""
+    """What was checked: metadata by key (arrays as lists), tensors by name, the file or the files it is split into."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    mapping: mmap.mmap
+    parts: tuple[GgufPart, ...]
 
     def raw(self, tensor: GgufTensor) -> NDArray[np.uint8]:
-        """The tensor's bytes, a view of the mapping."""
-        return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)
+        """The tensor's bytes, a view of the mapping.
+
+        Raises:
+            CheckpointError: its file has changed its size since.
+        """
+        part = self.parts[tensor.part]
+        if part.path.stat().st_size != len(part.mapping):
+            raise CheckpointError(f"{part.path} changed its size since it was opened")
+        return np.frombuffer(part.mapping, np.uint8, tensor.nbytes, tensor.offset)
 
     def release(self) -> None:
         """Let go of the pages read so far; they are read again when they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+            for part in self.parts:
+                part.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -96,7 +113,7 @@ def read_gguf(path: Path) -> GgufFile:
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise cursor.error(f"general.alignment is {alignment!r}, expected a power of two")
     start = -(-cursor.position // alignment) * alignment
-    return GgufFile(metadata, _place_tensors(cursor, places, start, alignment), mapping)
+    return GgufFile(metadata, _place_tensors(cursor, places, start, alignment), (GgufPart(path, mapping),))
 
 
 class _Cursor:

@@ -1,53 +1,59 @@
-"""The tokenizer in a GGUF's metadata, rebuilt as the files that an HF checkpoint has: byte-level BPE only."""
+"""The tokenizer in a GGUF's metadata, rebuilt as the files that an HF checkpoint has."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
-from ... import CheckpointError
-from .gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from ... import ZondaError
+from .gguf_byte_level import byte_level_bpe
+from .gguf_sentencepiece import sentencepiece_bpe
+from .gguf_vocabulary import TokenType, Vocabulary
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
-_NO_TOKEN = 0xFFFFFFFF
 _HF_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 """Control tokens that end an answer, where the chat template says so; files often name only the end of a document."""
+_ENDS_OF_HARMONY = ("<|return|>", "<|call|>")
+"""Those of GPT-OSS, whose `<|end|>` ends a message, after which the answer goes on."""
 
 
-def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+def tokenizer_files(path: Path, metadata: Mapping[str, Any], *, rstrip: bool = False) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja from metadata.
+
+    Args:
+        path: for messages.
+        metadata: of the whole file.
+        rstrip: of `GgufLayout`.
 
     Raises:
         CheckpointError: no tokenizer, one of a kind that is not supported, or one that contradicts itself.
     """
-    read = _Reader(path, metadata)
-    model = metadata.get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise read.error(f"its tokenizer is of the kind {model!r}; only byte-level BPE ('gpt2') is supported so far")
-    name = metadata.get("tokenizer.ggml.pre")
-    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise read.error(f"its pre-tokenizer {name!r} (tokenizer.ggml.pre) is not supported; known: {known}")
-    pre, tokens = PRE_TOKENIZERS[name], read.tokens()
-    types = read.types(len(tokens))
-    special = {hf: i for gguf, hf in _HF_NAMES.items() if (i := token_id(path, metadata, gguf)) is not None}
-    add = {
-        f"add_{which}_token": read.boolean(f"tokenizer.ggml.add_{which}_token", default)
-        for which, default in (("bos", pre.add_bos and "bos_token" in special), ("eos", False))
-    }
-    front, back = (_added(read, add, special, which) for which in ("bos", "eos"))
+    vocabulary = Vocabulary(path, metadata)
+    special = {hf: i for gguf, hf in _HF_NAMES.items() if (i := vocabulary.id(gguf)) is not None}
     template = metadata.get("tokenizer.chat_template", "")
     if not isinstance(template, str):
-        raise read.error("tokenizer.chat_template is no text")
-    config: dict[str, Any] = {hf: tokens[i] for hf, i in special.items()} | add
+        raise vocabulary.error("tokenizer.chat_template is no text")
+    try:
+        tokenizer, add_bos = _model(vocabulary)
+        tokenizer.add_tokens(_added_tokens(vocabulary, special, rstrip))
+        add = {
+            f"add_{which}_token": vocabulary.boolean(f"add_{which}_token", default)
+            for which, default in (("bos", add_bos and "bos_token" in special), ("eos", False))
+        }
+        _add_ends(tokenizer, vocabulary, add, special)
+        rebuilt = tokenizer.to_str(pretty=False).encode()
+    except ZondaError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise vocabulary.error(f"its tokens, types and merges do not make a tokenizer: {error}") from error
+    config: dict[str, Any] = {hf: vocabulary.tokens[i] for hf, i in special.items()} | add
     config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     generation: dict[str, Any] = {f"{hf}_id": special[hf] for hf in ("bos_token", "pad_token") if hf in special}
-    generation["eos_token_id"] = _end_ids(read, tokens, types, template)
+    generation["eos_token_id"] = _end_ids(vocabulary, template)
     files = {
-        "tokenizer.json": _tokenizer(read, pre, tokens, types, front, back).to_str(pretty=False).encode(),
+        "tokenizer.json": rebuilt,
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation, indent=2).encode(),
     }
@@ -56,95 +62,63 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]
     return files
 
 
-def token_id(path: Path, metadata: Mapping[str, Any], name: str) -> int | None:
-    """The number under `tokenizer.ggml.{name}_token_id`, None where there is none.
+def _model(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
+    """The tokenizer without added tokens, and whether it puts BOS in front when the file does not say."""
+    kind = vocabulary.metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        return sentencepiece_bpe(vocabulary), True
+    if kind == "gpt2":
+        return byte_level_bpe(vocabulary)
+    raise vocabulary.error(
+        f"its tokenizer is of the kind {kind!r}; byte-level BPE ('gpt2') and SentencePiece BPE ('llama') are supported"
+    )
 
-    Raises:
-        CheckpointError: it is no token's number.
+
+def _added_tokens(vocabulary: Vocabulary, special: Mapping[str, int], rstrip: bool) -> list[AddedToken]:
+    """Those that are found in text before anything else; control tokens are left out when ids are decoded.
+
+    SentencePiece finds user-defined ones in the text with its spaces already written `▁`. Here that can be had where
+    no space is put in front, which would be put in front of the tokens as well.
     """
-    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if value is None or value == _NO_TOKEN:
-        return None
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, list) else 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id is {value!r}, the number of none of its tokens")
-    return value
+    sentencepiece = vocabulary.metadata.get("tokenizer.ggml.model") == "llama"
+    normalized = sentencepiece and not vocabulary.boolean("add_space_prefix", True)
+    keeps = {special[name] for name in ("bos_token", "unk_token", "pad_token") if name in special}
+    control = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+    others = vocabulary.of_type(TokenType.USER_DEFINED)
+    return [
+        AddedToken(
+            text,
+            special=text in control,
+            normalized=normalized and text not in control,
+            rstrip=rstrip and sentencepiece and i not in keeps,
+        )
+        for text, i in (control | others).items()
+    ]
 
 
-class _Reader:
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        self.path = path
-        self.metadata = metadata
-
-    def tokens(self) -> list[str]:
-        """The vocabulary; an empty entry gets the name that llama.cpp gives it."""
-        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.sequence("tokenizer.ggml.tokens", str))]
-        if len(set(tokens)) != len(tokens):
-            raise self.error("tokenizer.ggml.tokens names a token twice")
-        return tokens
-
-    def types(self, count: int) -> list[int]:
-        """What each token is: normal, control, user-defined, …"""
-        types = self.sequence("tokenizer.ggml.token_type", int)
-        if len(types) != count:
-            raise self.error(f"there are {count:,} tokens, but tokenizer.ggml.token_type has {len(types):,} entries")
-        return types
-
-    def sequence(self, key: str, kind: type) -> list[Any]:
-        value = self.metadata.get(key)
-        if not isinstance(value, list) or (value and type(value[0]) is not kind):  # arrays have one type
-            raise self.error(f"{key} is missing, or no list of {kind.__name__}")
-        return value
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(f"{key} is neither true nor false")
-        return value
-
-    def error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {message}")
+def _add_ends(
+    tokenizer: Tokenizer, vocabulary: Vocabulary, add: Mapping[str, bool], special: Mapping[str, int]
+) -> None:
+    """Let the tokenizer put BOS in front of a text, and EOS behind it, as the file says."""
+    ends: list[list[int]] = []
+    for which in ("bos", "eos"):
+        wanted = add[f"add_{which}_token"]
+        if wanted and f"{which}_token" not in special:
+            key = f"tokenizer.ggml.add_{which}_token"
+            raise vocabulary.error(f"{key} is set, but there is no tokenizer.ggml.{which}_token_id")
+        ends.append([special[f"{which}_token"]] if wanted else [])
+    front, back = ([vocabulary.tokens[i] for i in end] for end in ends)
+    if front or back:
+        numbers = [(vocabulary.tokens[i], i) for i in dict.fromkeys(ends[0] + ends[1])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*front, "$A", *back], special_tokens=numbers)
 
 
-def _added(read: _Reader, add: Mapping[str, bool], special: Mapping[str, int], which: str) -> int | None:
-    if not add[f"add_{which}_token"]:
-        return None
-    if f"{which}_token" not in special:
-        raise read.error(f"tokenizer.ggml.add_{which}_token is set, but there is no tokenizer.ggml.{which}_token_id")
-    return special[f"{which}_token"]
-
-
-def _end_ids(read: _Reader, tokens: list[str], types: list[int], template: str) -> list[int]:
+def _end_ids(vocabulary: Vocabulary, template: str) -> list[int]:
     """Tokens that end a sequence: those that the file names, and those with which its chat template ends a turn."""
-    named = [token_id(read.path, read.metadata, name) for name in ("eos", "eot", "eom")]
-    control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL}
-    shown = [control[text] for text in _ENDS_OF_TURN if text in template and text in control]
+    named = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
+    control = vocabulary.of_type(TokenType.CONTROL)
+    ends: Sequence[str] = _ENDS_OF_TURN
+    if all(text in control for text in _ENDS_OF_HARMONY):
+        ends = _ENDS_OF_HARMONY
+    shown = [control[text] for text in ends if text in template and text in control]
     return list(dict.fromkeys([i for i in named if i is not None] + shown))
-
-
-def _tokenizer(
-    read: _Reader, pre: PreTokenizer, tokens: list[str], types: list[int], front: int | None, back: int | None
-) -> Tokenizer:
-    merges = [tuple(merge.split(" ", 1)) for merge in read.sequence("tokenizer.ggml.merges", str)]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre.ignore_merges))
-        tokenizer.decoder = decoders.ByteLevel()
-        splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in pre.splits]
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-        if pre.nfc:
-            tokenizer.normalizer = normalizers.NFC()
-        for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-            texts = [token for token, token_type in zip(tokens, types, strict=True) if token_type == kind]
-            tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in texts])
-        if front is not None or back is not None:
-            ends = [[] if i is None else [tokens[i]] for i in (front, back)]
-            numbers = [(tokens[i], i) for i in dict.fromkeys((front, back)) if i is not None]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[*ends[0], "$A", *ends[1]], special_tokens=numbers
-            )
-    except Exception as error:  # tokenizers raises bare Exception
-        raise read.error(f"its tokens, types and merges do not make a tokenizer: {error}") from error
-    return tokenizer

@@ -37,11 +37,17 @@ FORMS = {
     Type.Q4_K: Form(4, 32, offsets=True),
     Type.Q5_K: Form(8, 32, offsets=True),
     Type.Q6_K: Form(8, 16, offsets=False),
+    Type.Q2_K: Form(4, 16, offsets=True),
+    Type.Q3_K: Form(4, 16, offsets=False),
+    Type.IQ4_NL: Form(8, 32, offsets=False),
+    Type.IQ4_XS: Form(8, 32, offsets=False),
+    Type.MXFP4: Form(8, 32, offsets=False),
+    Type.NVFP4: Form(8, 16, offsets=False),
 }
 
 
 @pytest.mark.parametrize("kind", Type, ids=names)
-def test_eight_types_have_a_form_and_no_other_has(kind):
+def test_these_types_have_a_form_and_no_other_has(kind):
     assert form_of(kind) == FORMS.get(kind)
 
 

@@ -1,17 +1,30 @@
 """Every architecture that llama.cpp writes: a random model as its converter stores it gives transformers' logits."""
 
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
 from checkpoint_files import add_value, metadata, permute
+from conftest import build_quietly
+from gguf import MODEL_ARCH as ARCH
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import dequantize, quantize
 from support import RELATIVE_TOLERANCE, Eager, randomise, run_scenario
 
+from zonda import CheckpointError
 from zonda.models import registry
 from zonda.models.checkpoints import open_checkpoint
+from zonda.models.checkpoints.gguf_names import rename
+from zonda.models.checkpoints.gguf_reader import GgufFile, GgufTensor
 from zonda.models.loading import load_weights
 from zonda.models.stacking import stacked
+from zonda.runtime.bundle import open_bundle
 
 VOCAB, ROWS = 270, 64
 SIZES = {
@@ -25,15 +38,53 @@ SIZES = {
     "pad_token_id": 0,
 }
 HEADS_OF_32 = {"attention.key_length": 32, "attention.value_length": 32}
-EPS = {"attention.layer_norm_rms_epsilon": np.float32(1e-6)}
+RMS = {"attention.layer_norm_rms_epsilon": np.float32(1e-6)}
+LAYER_NORM = {"attention.layer_norm_epsilon": np.float32(1e-5)}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(4)],
+    "long_factor": [1.5 + i for i in range(4)],
+    "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 0.5,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1.5e5,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+    "truncate": False,
+}
+GGUF_YARN = {
+    "rope.freq_base": np.float32(1.5e5),
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": np.float32(32.0),
+    "rope.scaling.original_context_length": 64,
+    "rope.scaling.yarn_beta_fast": np.float32(32.0),
+    "rope.scaling.yarn_beta_slow": np.float32(1.0),
+}
 
-# family -> (llama.cpp's architecture, the HF configuration, what the converter writes besides the sizes)
-CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, {"tie_word_embeddings": True}, {"rope.freq_base": np.float32(1e4)}),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, {"head_dim": 32}, HEADS_OF_32),
-    "gemma": (gguf.MODEL_ARCH.GEMMA, {"head_dim": 32}, HEADS_OF_32),
-    "gemma2": (
-        gguf.MODEL_ARCH.GEMMA2,
+
+@dataclass
+class Case:
+    """A model: transformers' configuration, and what the converter writes besides the sizes."""
+
+    family: str
+    arch: gguf.MODEL_ARCH
+    config: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
+    epsilon: dict = field(default_factory=lambda: RMS)
+
+
+CASES = {
+    "qwen2": Case("qwen2", ARCH.QWEN2, {"tie_word_embeddings": True}, {"rope.freq_base": np.float32(1e4)}),
+    "qwen3": Case("qwen3", ARCH.QWEN3, {"head_dim": 32}, HEADS_OF_32),
+    "gemma": Case("gemma", ARCH.GEMMA, {"head_dim": 32}, HEADS_OF_32),
+    "gemma 2": Case(
+        "gemma2",
+        ARCH.GEMMA2,
         {
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
@@ -48,8 +99,9 @@ CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
             "attention.sliding_window": 5,
         },
     ),
-    "gemma3_text": (
-        gguf.MODEL_ARCH.GEMMA3,
+    "gemma 3": Case(
+        "gemma3_text",
+        ARCH.GEMMA3,
         {
             "head_dim": 32,
             "num_hidden_layers": 6,
@@ -68,8 +120,16 @@ CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
             "rope.scaling.factor": np.float32(8.0),
         },
     ),
-    "phi3": (
-        gguf.MODEL_ARCH.PHI3,
+    "phi 2": Case(
+        "phi",
+        ARCH.PHI2,
+        {"num_key_value_heads": 4, "intermediate_size": 256, "hidden_act": "gelu_new"},
+        {"rope.dimension_count": 8},
+        LAYER_NORM,
+    ),
+    "phi 3": Case(
+        "phi3",
+        ARCH.PHI3,
         {"sliding_window": 6, "rms_norm_eps": 1e-6, "partial_rotary_factor": 0.5},
         {
             "attention.sliding_window": 6,
@@ -77,9 +137,43 @@ CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
             "rope.scaling.original_context_length": 128,
         },
     ),
-    "olmo2": (gguf.MODEL_ARCH.OLMO2, {"rms_norm_eps": 1e-6}, {}),
-    "granite": (
-        gguf.MODEL_ARCH.GRANITE,
+    "phi 3, long": Case(
+        "phi3",
+        ARCH.PHI3,
+        {"rms_norm_eps": 1e-6, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+        {
+            "attention.sliding_window": 0,
+            "rope.dimension_count": 8,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.attn_factor": np.float32((1 + np.log(4) / np.log(32)) ** 0.5),
+        },
+    ),
+    "starcoder 2": Case("starcoder2", ARCH.STARCODER2, {"sliding_window": None}, {}, LAYER_NORM),
+    "starcoder 2, no biases": Case(
+        "starcoder2",
+        ARCH.STARCODER2,
+        {"sliding_window": 5, "use_bias": False, "tie_word_embeddings": False},
+        {"attention.sliding_window": 5},
+        LAYER_NORM,
+    ),
+    "stablelm": Case(
+        "stablelm",
+        ARCH.STABLELM,
+        {"use_qkv_bias": True},
+        {"rope.dimension_count": 4, "use_parallel_residual": True},  # which the converter writes whatever the model is
+        LAYER_NORM,
+    ),
+    "stablelm, parallel": Case(
+        "stablelm",
+        ARCH.STABLELM,
+        {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5},
+        {"rope.dimension_count": 8, "use_parallel_residual": True},
+        LAYER_NORM,
+    ),
+    "olmo 2": Case("olmo2", ARCH.OLMO2, {"rms_norm_eps": 1e-6}),
+    "granite": Case(
+        "granite",
+        ARCH.GRANITE,
         {
             "embedding_multiplier": 3.0,
             "attention_multiplier": 0.125,
@@ -94,8 +188,21 @@ CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
             "rope.dimension_count": 16,
         },
     ),
-    "qwen3_moe": (
-        gguf.MODEL_ARCH.QWEN3MOE,
+    "mixtral": Case(
+        "mixtral",
+        ARCH.LLAMA,
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6},
+        {
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "rope.freq_base": np.float32(1e6),
+            "rope.dimension_count": 16,
+            "vocab_size": VOCAB,
+        },
+    ),
+    "qwen 3 moe": Case(
+        "qwen3_moe",
+        ARCH.QWEN3MOE,
         {
             "head_dim": 32,
             "num_experts": 5,
@@ -105,18 +212,49 @@ CASES: dict[str, tuple[gguf.MODEL_ARCH, dict, dict]] = {
         },
         HEADS_OF_32 | {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 40},
     ),
-    "smollm3": (
-        gguf.MODEL_ARCH.SMOLLM3,
+    "gpt-oss": Case(
+        "gpt_oss",
+        ARCH.GPT_OSS,
+        {
+            "head_dim": 32,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": YARN,
+        },
+        HEADS_OF_32
+        | GGUF_YARN
+        | {
+            "attention.sliding_window": 6,
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 96,
+        },
+    ),
+    "smollm 3": Case(
+        "smollm3",
+        ARCH.SMOLLM3,
         {"num_hidden_layers": 4, "rope_parameters": {"rope_theta": 5e6}},
         {"rope.freq_base": np.float32(5e6), "rope.dimension_count": 16},
     ),
 }
-PERMUTED = {"granite", "smollm3"}  # those whose converter is a subclass of Llama's
+PERMUTED = {"granite", "smollm3", "mixtral"}  # those whose converter is a subclass of Llama's
 
 
-def write(path, family: str, hf: transformers.PreTrainedModel):
-    arch, _, added = CASES[family]
-    name, config = gguf.MODEL_ARCH_NAMES[arch], hf.config
+def make_reference(case: Case) -> transformers.PreTrainedModel:
+    config = transformers.AutoConfig.for_model(case.family, **SIZES | case.config)
+    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    randomise(hf, norm=0.0 if case.family.startswith("gemma") else 1.0)
+    return hf
+
+
+def write(path, case: Case, hf: transformers.PreTrainedModel, kind: Type = Type.F32, older: str = ""):
+    """As llama.cpp's converter does; experts are stored as `kind`.
+
+    older: what an early version did otherwise: "experts" by themselves, or "qkv" in one tensor.
+    """
+    name, config = gguf.MODEL_ARCH_NAMES[case.arch], hf.config
     writer = gguf.GGUFWriter(path, name)
     sizes = {
         "block_count": config.num_hidden_layers,
@@ -126,21 +264,36 @@ def write(path, family: str, hf: transformers.PreTrainedModel):
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
     }
-    values = {f"{name}.{key}": value for key, value in (sizes | EPS | added).items()}
+    values = {f"{name}.{key}": value for key, value in (sizes | case.epsilon | case.metadata).items()}
     tokenizer = {key: value for key, value in metadata().items() if key.startswith("tokenizer.")}
     for key, value in (values | tokenizer).items():
         add_value(writer, key, value)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(case.arch, config.num_hidden_layers)
+    merged: dict[str, list[np.ndarray]] = {}
     for key, tensor in _tensors(hf).items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.contiguous().numpy()
-        if family.startswith("gemma") and key.endswith("norm.weight"):
+        if case.family.startswith("gemma") and key.endswith("norm.weight"):
             array = array + 1
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
-        writer.add_tensor(
-            names.get_name(key, (".weight", ".bias")), permute(array, heads) if heads and family in PERMUTED else array
-        )
+        if heads and case.family in PERMUTED:
+            array = permute(array, heads)
+        stored = names.get_name(key, (".weight", ".bias"))
+        if older == "experts" and "_exps.weight" in stored:
+            for expert, matrix in enumerate(array):
+                writer.add_tensor(stored.replace("_exps", f".{expert}"), matrix)
+        elif older == "qkv" and (part := re.search(r"attn_[qkv]\.", stored)):
+            merged.setdefault(stored.replace(part[0], "attn_qkv."), []).append(array)
+        elif "_exps.weight" in stored and kind != Type.F32:
+            writer.add_tensor(stored, quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(stored, array)
+    for name, arrays in merged.items():
+        writer.add_tensor(name, np.concatenate(arrays))
+    for length in ("long", "short"):
+        if factors := config.rope_parameters.get(f"{length}_factor"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.float32(factors))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -148,37 +301,110 @@ def write(path, family: str, hf: transformers.PreTrainedModel):
 
 
 def _tensors(hf: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """By the names that the converter knows: it stacks experts, and gate and up stay apart."""
-    tensors = {}
+    """As the converter stores them: gate and up of stacked experts apart, norms of heads stacked, nothing transposed."""
+    tensors: dict[str, torch.Tensor] = {}
+    norms: dict[str, list[torch.Tensor]] = {}
     for key, tensor in hf.state_dict().items():
-        if key.endswith("experts.gate_up_proj"):
-            gate, up = tensor.chunk(2, 1)
-            tensors |= {key.replace("gate_up", name) + ".weight": t for name, t in (("gate", gate), ("up", up))}
+        module, _, last = key.rpartition(".")
+        if module.endswith("experts"):
+            name, kind = last.removesuffix("_bias"), "bias" if last.endswith("_bias") else "weight"
+            rows = tensor.mT if hf.config.model_type == "gpt_oss" and kind == "weight" else tensor
+            if name == "down_proj":
+                parts = {"down_proj": rows}
+            elif hf.config.model_type == "gpt_oss":  # whose rows of gate and up take turns
+                parts = {"gate_proj": rows[:, 0::2], "up_proj": rows[:, 1::2]}
+            else:
+                parts = dict(zip(("gate_proj", "up_proj"), rows.chunk(2, 1), strict=True))
+            tensors |= {f"{module}.{name}.{kind}": part for name, part in parts.items()}
+        elif ".norms." in key:
+            norms.setdefault(key.partition(".norms.")[0] + ".weight", []).append(tensor)
         else:
-            tensors[f"{key}.weight" if key.endswith("experts.down_proj") else key] = tensor
-    return tensors
+            tensors[f"{key}.weight" if last == "sinks" else key] = tensor
+    return tensors | {key: torch.stack(rows) for key, rows in norms.items()}
 
 
-@pytest.mark.parametrize("family", CASES)
-def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(family, tmp_path):
-    config = transformers.AutoConfig.for_model(family, **SIZES | CASES[family][1])
-    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    randomise(hf, norm=0.0 if family.startswith("gemma") else 1.0)
-    write(tmp_path / "model.gguf", family, hf)
-    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+def check(path, hf: transformers.PreTrainedModel) -> None:
+    """The file is read as the class that it was made of, and gives its logits, eager and in two chunks.
+
+    There are more tokens than longrope's original length, because a capacity beyond it chose the long regime.
+    """
+    checkpoint = open_checkpoint(path)
     architecture = registry.of_config(checkpoint.config)
     assert architecture.names == (type(hf).__name__,)
     checkpoint = stacked(checkpoint, architecture.stacks)
     with torch.device("meta"):
-        model = architecture.build(architecture.read_config(checkpoint.config), ROWS).eval()
+        model = architecture.for_rows(architecture.read_config(checkpoint.config), ROWS, 0).eval()
     load_weights(model, checkpoint, architecture.ignored)
-    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 32))
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (1, 40))
     with torch.no_grad():
         reference = hf(torch.from_numpy(tokens)).logits.numpy()[0]
-    (logits,) = run_scenario(Eager(model, 1, ROWS), tokens, [[20], [12]])
+    (logits,) = run_scenario(Eager(model, 1, ROWS), tokens, [[20], [20]])
     np.testing.assert_allclose(logits, reference, rtol=0, atol=RELATIVE_TOLERANCE * np.abs(reference).max())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(name, tmp_path):
+    case = CASES[name]
+    hf = make_reference(case)
+    write(tmp_path / "model.gguf", case, hf)
+    check(tmp_path / "model.gguf", hf)
+
+
+@pytest.mark.parametrize(("name", "older"), [("phi 2", "qkv"), ("mixtral", "experts")])
+def test_older_files_are_read(name, older, tmp_path):
+    hf = make_reference(CASES[name])
+    write(tmp_path / "model.gguf", CASES[name], hf, older=older)
+    check(tmp_path / "model.gguf", hf)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "mixtral"])
+def test_experts_in_mxfp4(name, tmp_path):
+    hf = make_reference(CASES[name])
+    for key, weight in hf.named_parameters():
+        if "experts" in key and weight.ndim == 3:
+            rows = (weight.mT if name == "gpt-oss" else weight).detach().contiguous().numpy()
+            floats = torch.from_numpy(dequantize(quantize(rows, Type.MXFP4), Type.MXFP4))
+            weight.data.copy_(floats.mT if name == "gpt-oss" else floats)
+    write(tmp_path / "model.gguf", CASES[name], hf, Type.MXFP4)
+    check(tmp_path / "model.gguf", hf)
+    stored = {info.stored for info in open_checkpoint(tmp_path / "model.gguf").tensors.values()}
+    assert stored == {"F32", "MXFP4"}
+
+
+def test_a_bundle_of_experts_in_mxfp4_proves_itself(tmp_path):
+    write(tmp_path / "model.gguf", CASES["gpt-oss"], make_reference(CASES["gpt-oss"]), Type.MXFP4)
+    manifest = open_bundle(build_quietly(tmp_path / "model.gguf", tmp_path / "bundle", capacity=ROWS)).manifest
+    assert manifest.architecture == "GptOssForCausalLM"
+    assert manifest.quantization["dequantized"] == "MXFP4"
+    assert manifest.targets[0].parity.status == "passed"
+
+
+def file_of(**shapes: tuple[int, ...]) -> GgufFile:
+    """Tensors of layer 0, by their last names, without data."""
+    names = {f"blk.0.{key.replace('__', '.')}": shape for key, shape in shapes.items()}
+    tensors = {name: GgufTensor(name, Type.F32, shape, 0, 4 * math.prod(shape)) for name, shape in names.items()}
+    return GgufFile({}, tensors, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "words"),
+    [
+        ("phi2", file_of(attn_qkv__weight=(12, 8), attn_k__weight=(4, 8)), "are both .*k_proj.weight"),
+        ("phi2", file_of(attn_qkv__weight=(7, 8)), r"attn_qkv.weight of shape \[7, 8\] cannot be cut into 3"),
+        ("phi2", file_of(attn_qkv__bias=(7,)), "cannot be cut into 3"),
+        ("stablelm", file_of(attn_q_norm__weight=(10**9, 1)), "cannot be cut into 4097 tensors"),
+        ("phi2", file_of(attn_sinks__weight=(4,), ffn_gate_exps__weight=(2, 4, 8)), "2 tensors are unknown to phi2"),
+    ],
+)
+def test_tensors_that_do_not_fit_a_layout_are_refused(name, file, words):
+    layout = registry.find_gguf(name).gguf
+    with pytest.raises(CheckpointError, match=words):
+        rename(Path("m.gguf"), file, layout)
+
+
 def test_every_layout_is_tested():
-    layouts = {a.gguf.name for a in registry.ARCHITECTURES if a.gguf is not None}
-    assert layouts == {gguf.MODEL_ARCH_NAMES[arch] for arch, _, _ in CASES.values()} | {"llama"}
+    tested = {(gguf.MODEL_ARCH_NAMES[case.arch], case.family == "mixtral") for case in CASES.values()}
+    layouts = {
+        (a.gguf.name, a.gguf.name == "llama" and a.gguf.experts) for a in registry.ARCHITECTURES if a.gguf is not None
+    }
+    assert layouts == tested | {("llama", False)}

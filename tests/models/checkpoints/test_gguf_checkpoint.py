@@ -186,7 +186,6 @@ def test_rope_frequency_factors_of_llama_3_become_the_same_tables(tmp_path):
 
 
 REFUSED = {
-    "part of a split model": ({"split.count": 3}, {}, (), "llama-gguf-split --merge"),
     "no embedding": ({}, {}, ["token_embd.weight"], "token_embd.weight"),
     "unknown tensor": ({}, {"blk.0.ffn_gate_inp.weight": np.zeros((4, HIDDEN), np.float32)}, (), "ffn_gate_inp"),
     "missing key": ({"llama.block_count": None}, {}, (), "'llama.block_count' is missing"),
@@ -201,10 +200,24 @@ REFUSED = {
     "another vocabulary size": ({"llama.vocab_size": 7}, {}, (), "vocab_size is 7"),
     "partial rotation": ({"llama.rope.dimension_count": 4}, {}, (), "dimension_count 4 differs"),
     "values of another width": ({"llama.attention.value_length": 16}, {}, (), "value_length differs"),
-    "unknown scaling": ({"llama.rope.scaling.type": "longrope"}, {}, (), "one of none, linear, yarn"),
+    "unknown scaling": ({"llama.rope.scaling.type": "ntk"}, {}, (), "one of none, linear, yarn, longrope"),
+    "longrope without factors": ({"llama.rope.scaling.type": "longrope"}, {}, (), "longrope needs rope_factors_long"),
+    "short factors alone": ({}, {"rope_factors_short.weight": np.ones(4, np.float32)}, (), "longrope needs"),
+    "scaled twice": (
+        {"llama.rope.scale_linear": np.float32(2)},
+        {"rope_freqs.weight": np.ones(4, np.float32)},
+        (),
+        "at once",
+    ),
     "attention factor": ({"llama.rope.scaling.attn_factor": np.float32(1.2)}, {}, (), "llama.rope.scaling.attn_factor"),
-    "experts": ({"llama.expert_count": 8}, {}, (), "may change the mathematics: llama.expert_count"),
+    "unknown key": (
+        {"llama.attention.scale": np.float32(2)},
+        {},
+        (),
+        "may change the mathematics: llama.attention.scale",
+    ),
     "too few factors": ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, (), "must hold 4 positive"),
+    "a million factors": ({}, {"rope_freqs.weight": np.ones(10**6, np.float32)}, (), "1,000,000 numbers"),
     "factor 0": ({}, {"rope_freqs.weight": np.zeros(4, np.float32)}, (), "must hold 4 positive"),
 }
 

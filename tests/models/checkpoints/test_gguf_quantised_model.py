@@ -188,7 +188,7 @@ def test_a_tied_head_shares_the_embeddings_parameters(tmp_path):
     assert match_parameters(module, checkpoint)["lm_head.offsets"] == "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("other", [Type.F32, Type.MXFP4], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("other", [Type.F32, Type.IQ3_S], ids=lambda kind: kind.name)
 def test_what_has_no_form_stays_in_floats(tmp_path, other):
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", Type.F16, Type.Q4_0, other))
     module = build_quantised(checkpoint)

@@ -116,6 +116,22 @@ def test_a_sequence_ends_where_the_file_or_its_chat_template_says(tmp_path, chan
     assert [TOKENS[i] for i in ids] == ends
 
 
+@pytest.mark.parametrize(("more", "ends"), [([], ["<|end|>"]), (["<|call|>"], ["<|return|>", "<|call|>"])])
+def test_gpt_oss_ends_a_message_where_phi_3_ends_its_answer(tmp_path, more, ends):
+    tokens = [*TOKENS, "<|end|>", "<|return|>", *more]
+    types = [*TYPES, *[1] * (len(TOKENS) - len(TYPES)), *[3] * (2 + len(more))]
+    template = "<|end|><|return|><|call|>"
+    changes = {"ggml__tokens": tokens, "ggml__token_type": types, "chat_template": template, "ggml__eos_token_id": None}
+    written = files(tmp_path, **changes)
+    ids = json.loads(written["generation_config.json"])["eos_token_id"]
+    assert [tokens[i] for i in ids] == ends
+
+
+def test_a_byte_level_vocabulary_strips_no_white_space(tmp_path):
+    """Phi-4, whose files are of Phi-3's architecture; llama.cpp strips for Phi-3 alone."""
+    assert tokenizer_files(tmp_path, metadata(), rstrip=True) == tokenizer_files(tmp_path, metadata())
+
+
 def test_an_empty_entry_of_the_vocabulary_gets_llama_cpps_name(tmp_path):
     tokens = [*TOKENS, ""]
     changes = {"ggml__tokens": tokens, "ggml__token_type": [*TYPES, *[1] * (len(tokens) - len(TYPES))]}
@@ -128,7 +144,7 @@ def test_the_files_are_the_same_every_time(tmp_path):
 
 REFUSED = {
     "no tokenizer": ({"ggml__model": None}, "kind None"),
-    "SentencePiece": ({"ggml__model": "llama"}, "kind 'llama'"),
+    "unigram": ({"ggml__model": "t5"}, "kind 't5'"),
     "no pre-tokenizer": ({"ggml__pre": None}, "pre-tokenizer None"),
     "unknown pre-tokenizer": ({"ggml__pre": "zonda"}, "'zonda'.*known: .*gpt-2.*llama-bpe"),
     "no tokens": ({"ggml__tokens": None}, "tokens is missing"),
