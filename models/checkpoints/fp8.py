@@ -90,7 +90,7 @@ class Fp8Weight:
         self._scale = scales[0]
         self._block, self._grid = self._fit(shape, checkpoint.tensors[self._scale], blocks)
         self.info = TensorInfo(shape, torch.float32, "FP8 E4M3 scaled")
-        self.sources = (name, self._scale)
+        self.sources: tuple[str, ...] = (name, self._scale)
 
     def load(self) -> Tensor:
         """See `PackedWeight`; one rounding to float32, that of the product."""

@@ -54,7 +54,7 @@ def read_grouped(checkpoint: Checkpoint, packing: Packing) -> dict[str, "Grouped
     """
     modules = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
     if not modules:
-        raise CheckpointError(f"{checkpoint.source.name}: config.json says {packing.method}, but no tensor is a qweight")
+        raise CheckpointError(f"{checkpoint.source.name}: config.json says {packing.method}, but there is no qweight")
     return {f"{module}.weight": GroupedWeight(checkpoint, module, packing) for module in modules}
 
 

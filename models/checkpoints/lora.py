@@ -100,9 +100,7 @@ class MergedCheckpoint(CheckpointView):
 
     def __init__(self, checkpoint: Checkpoint, changes: dict[str, _Change], adapters: Sequence[AdapterSource]) -> None:
         self._changes = changes
-        changed = {
-            name: replace(checkpoint.tensors[name], dtype=torch.float32, form=None) for name in changes
-        }
+        changed = {name: replace(checkpoint.tensors[name], dtype=torch.float32, form=None) for name in changes}
         held = sum(checkpoint.tensors[name].form is not None for name in changes)
         source = checkpoint.source
         note = f", {held} of its weights dequantised to merge adapters" if held else ""
@@ -219,6 +217,9 @@ class _Adapter:
         for saved in config.saved:
             if not any(ends_with(name.rpartition(".")[0], saved) for name in whole):
                 raise self._error(f"has no tensor for {saved}, which its modules_to_save names")
+        for bias in (f"{module}.bias" for module in sorted(adapted) if config.biases):
+            if bias in checkpoint.tensors and bias not in whole:
+                raise self._error(f"has no {bias}, though its configuration says that biases were trained")
         if config.targets is None:
             return
         for module in sorted(adapted):

@@ -45,6 +45,7 @@ class LoraConfig:
     """targets: names that modules with factors end with; None if a regular expression or PEFT itself chose them.
 
     complete: whether every module that `targets` names must have factors. saved: names of modules stored whole.
+    biases: whether the biases of modules with factors are stored too.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class LoraConfig:
     targets: tuple[str, ...] | None
     complete: bool
     saved: tuple[str, ...]
+    biases: bool
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str = "adapter_config.json") -> "LoraConfig":
@@ -74,7 +76,6 @@ class LoraConfig:
                 f"init_lora_weights {initial!r} changed the base weights before training; convert the adapter "
                 "(PEFT: path_initial_model_for_weight_conversion)"
             )
-        read.choice("bias", ("none", "all", "lora_only"), "none")
         chosen = values.get("target_modules")
         return cls(
             rank=read.integer("r", maximum=_MOST),
@@ -85,6 +86,7 @@ class LoraConfig:
             targets=None if chosen is None or isinstance(chosen, str) else read.texts("target_modules"),
             complete=not any(values.get(key) for key in ("layers_to_transform", "exclude_modules")),
             saved=read.texts("modules_to_save", ()),
+            biases=read.choice("bias", ("none", "all", "lora_only"), "none") != "none",
         )
 
     def rank_of(self, module: str) -> int:
@@ -103,9 +105,7 @@ def ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _pattern(
-    read: ConfigReader, key: str, value: Callable[[ConfigReader, str], Number]
-) -> dict[str, Number]:
+def _pattern(read: ConfigReader, key: str, value: Callable[[ConfigReader, str], Number]) -> dict[str, Number]:
     """Name of a module -> its value. PEFT matches regular expressions; one from a file could take for ever."""
     section = read.section(key)
     for name in section.names():

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint keeps in several tensors (codes, scales, zero points), shown under the names of the weights.
+"""Weights that a checkpoint keeps in several tensors (codes, scales, zero points), shown as one tensor each.
 
 Knows no format: `awq.py`, `gptq.py` and `fp8.py` say which tensors make up which weight.
 """

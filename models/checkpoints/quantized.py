@@ -32,7 +32,7 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     method = read.text("quant_method")
     if method not in _METHODS:
         raise ConfigError(
-            f"{read.where}: quant_method {method!r} is not supported; supported: {', '.join(_METHODS)}, and GGUF files. "
+            f"{read.where}: quant_method {method!r} is not supported; supported: {', '.join(_METHODS)}, and GGUF. "
             "Load the checkpoint in its float form"
         )
     return UnpackedCheckpoint(checkpoint, _METHODS[method](checkpoint, read))
