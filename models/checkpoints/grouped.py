@@ -30,7 +30,7 @@ class Packing:
     """How int32 words hold codes.
 
     method: for messages. bits: of a code, 4 or 8. group_size: inputs that share a scale, -1 for all of them.
-    along_inputs: a word of qweight holds codes of consecutive inputs, the first in its lowest bits, so that its shape is
+    along_inputs: a word of qweight holds codes of consecutive inputs, the first in its lowest bits, so its shape is
         (K * bits / 32, N); else of consecutive outputs, (K, N * bits / 32).
     order: which of a word's outputs each field belongs to, from the lowest bits on.
     zero_shift: what was subtracted from the zero points, modulo 2 ** bits, when they were stored.
