@@ -10,7 +10,7 @@ from .fp8 import read_compressed_tensors, read_fp8
 from .gptq import read_gptq
 from .packed import Packed, UnpackedCheckpoint
 
-_METHODS: Mapping[str, Callable[[Checkpoint, ConfigReader], Packed]] = {
+METHODS: Mapping[str, Callable[[Checkpoint, ConfigReader], Packed]] = {
     "awq": read_awq,
     "gptq": read_gptq,
     "fp8": read_fp8,
@@ -30,9 +30,9 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     read = ConfigReader(checkpoint.config).section("quantization_config")
     method = read.text("quant_method")
-    if method not in _METHODS:
+    if method not in METHODS:
         raise ConfigError(
-            f"{read.where}: quant_method {method!r} is not supported; supported: {', '.join(_METHODS)}, and GGUF. "
+            f"{read.where}: quant_method {method!r} is not supported; supported: {', '.join(METHODS)}, and GGUF. "
             "Load the checkpoint in its float form"
         )
-    return UnpackedCheckpoint(checkpoint, _METHODS[method](checkpoint, read))
+    return UnpackedCheckpoint(checkpoint, METHODS[method](checkpoint, read))
