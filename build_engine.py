@@ -109,6 +109,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         with torch.device("meta"):
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
         names = match_parameters(module, checkpoint, architecture.ignored)
+    if options.lora:
+        console.print(f"merged {len(options.lora)} adapters: {checkpoint.source.format}", markup=False, highlight=False)
     estimate = plan.make_plan(module, limits)
     devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
     if options.dry_run:

@@ -102,17 +102,6 @@ def make_manifest(
     )
 
 
-def _source(checkpoint: Checkpoint) -> Source:
-    found = checkpoint.source
-    return Source(
-        name=found.name,
-        format=found.format,
-        revision=found.revision,
-        sha256=checkpoint.sha256(),
-        adapters=tuple(Adapter(name=a.name, scale=a.scale, sha256=dict(a.sha256)) for a in found.adapters),
-    )
-
-
 def _onnxruntime_target(limits: Limits, parity: Parity) -> Target:
     graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
     return Target(
@@ -122,6 +111,17 @@ def _onnxruntime_target(limits: Limits, parity: Parity) -> Target:
         dtype="float32",
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
         parity=parity,
+    )
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    found = checkpoint.source
+    return Source(
+        name=found.name,
+        format=found.format,
+        revision=found.revision,
+        sha256=checkpoint.sha256(),
+        adapters=tuple(Adapter(name=a.name, scale=a.scale, sha256=dict(a.sha256)) for a in found.adapters),
     )
 
 

@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/adding-a-model.md").read_text()
-COPIED = ["models", "export", "runtime", "plugins_trt", "src", "tests", "__init__.py", "build_engine.py", "pyproject.toml"]
+COPIED = [
+    "models",
+    "export",
+    "runtime",
+    "plugins_trt",
+    "src",
+    "tests",
+    "__init__.py",
+    "build_engine.py",
+    "pyproject.toml",
+]
 
 
 def blocks(language: str) -> list[str]:

@@ -178,7 +178,9 @@ def limited() -> Iterator[None]:
 def test_damage_is_a_typed_error_or_harmless(tmp_path_factory, sound, data, mutations):
     place = tmp_path_factory.mktemp("damaged")
     files = dict(sound)
-    damaged = data.draw(st.sampled_from([n for n in files if not n.endswith(("tokenizer.json", "tokenizer_config.json"))]))
+    damaged = data.draw(
+        st.sampled_from([n for n in files if not n.endswith(("tokenizer.json", "tokenizer_config.json"))])
+    )
     for mutation in mutations:
         try:
             files[damaged] = mutate(damaged, files[damaged], *mutation)
