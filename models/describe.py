@@ -28,9 +28,7 @@ _SMALL: dict[str, Any] = {
 _NOBODYS = "?"
 _REFUSED = re.compile(r"config\.json: (?P<key>\w+) = '\?' is not supported: (?P<reason>.*)")
 _CHOICE = re.compile(r"config\.json: (?P<key>\w+) must be one of (?P<allowed>.*), found '\?'")
-_OF_FORMATS = (
-    "quantization_config"  # every family refuses it; `checkpoints/quantized.py` takes it away where it is read
-)
+_OF_FORMATS = "quantization_config"  # refused by all, but gone where `checkpoints/quantized.py` has read it
 
 _PAGE = """# Models
 

@@ -9,7 +9,7 @@ import resource
 import signal
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -189,11 +189,8 @@ def test_damage_is_a_typed_error_or_harmless(tmp_path_factory, sound, data, muta
     for name, content in files.items():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes(content)
-    with limited():
-        try:
-            read(place)
-        except ZondaError as error:
-            assert str(error)
+    with limited(), suppress(ZondaError):
+        read(place)
 
 
 def test_there_are_enough_examples():
