@@ -27,7 +27,7 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What the command line says. capacity 0 is min(max_position_embeddings, 4096).
+    """What the command line says. capacity 0 is min(max_position_embeddings, 4096). lora: each `PATH[:scale]`.
 
     compute_capabilities, dtype, plugins: of the TensorRT targets.
     """
@@ -39,6 +39,7 @@ class BuildOptions:
     max_chunk: int = 512
     revision: str | None = None
     offline: bool = False
+    lora: tuple[str, ...] = ()
     overwrite: bool = False
     dry_run: bool = False
     verify: str = "strict"
@@ -80,8 +81,9 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.export.lower import onnxruntime as lower
     from zonda.export.transformers_reference import prove_eager
     from zonda.models import registry
-    from zonda.models.checkpoints import open_checkpoint
-    from zonda.models.loading import match_parameters
+    from zonda.models.checkpoints import fetch, open_checkpoint
+    from zonda.models.checkpoints.lora import merge_adapters, parse_lora
+    from zonda.models.loading import check_sizes, match_parameters
     from zonda.models.quantize import is_quantized, quantize_modules, quantized_forms
     from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
@@ -95,13 +97,18 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         raise BuildError(f"--reference is eager or transformers, found {options.reference!r}")
     if options.reference == "transformers" and options.verify == "off":
         raise BuildError("--reference transformers is part of the proof, and --verify off asks for none")
+    if options.reference == "transformers" and options.lora:
+        raise BuildError("--reference transformers reads the checkpoint without adapters; build without --lora")
     steps = Steps(console)
     if not options.dry_run:
         refuse_existing(output, overwrite=options.overwrite)
+    revision = fetch(model, revision=options.revision, offline=options.offline)  # shows its own progress
     with steps.step("read the checkpoint"):
-        checkpoint = open_checkpoint(model, revision=options.revision, offline=options.offline)
+        checkpoint = open_checkpoint(model, revision=revision, offline=True)
+        checkpoint = merge_adapters(checkpoint, [parse_lora(text) for text in options.lora])
         architecture = registry.of_config(checkpoint.config)
         checkpoint = stacked(checkpoint, architecture.stacks)
+        check_sizes(checkpoint)
         config = architecture.read_config(checkpoint.config)
         limits = _limits(config.max_position_embeddings, config.vocab_size, options)
         with torch.device("meta"):
@@ -110,6 +117,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 quantize_modules(module, quantized_forms(module, checkpoint))
         names = match_parameters(module, checkpoint, architecture.ignored)
     quality = options.quality if is_quantized(module) else "exact"
+    if options.lora:
+        console.print(f"merged {len(options.lora)} adapters: {checkpoint.source.format}", markup=False, highlight=False)
     estimate = plan.make_plan(module, limits)
     devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
     if options.dry_run:
@@ -156,7 +165,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
 
                     with steps.step("find where they part"):
                         spec = describe.make_contract(module.kv_shapes, limits.vocab_size)
-                        finding = compare.locate_in_build(staging, module, load, spec, limits, recorded.prompts)
+                        prompts = recorded.prompts
+                        finding = compare.locate_in_build(staging, module, load, spec, limits, prompts, quality)
                     raise compare.explain(error, finding) from error
             if options.reference == "transformers":
                 with steps.step("prove the eager model against transformers"):
@@ -244,6 +254,10 @@ def build(
     max_chunk: Annotated[int, typer.Option(help="New tokens of a row in one step.")] = 512,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is in the local hub cache.")] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH[:SCALE]", help="A LoRA adapter (PEFT folder) to merge; may be repeated."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict sizes and memory, then stop.")] = False,
     verify: Annotated[
@@ -272,6 +286,7 @@ def build(
             max_chunk=max_chunk,
             revision=revision,
             offline=offline,
+            lora=tuple(lora or ()),
             overwrite=overwrite,
             dry_run=dry_run,
             verify=verify,

@@ -12,6 +12,7 @@ from ..models.quantize import count_weights, dequantized_types, tensor_classes
 from ..runtime import contract
 from ..runtime.manifest import (
     SCHEMA,
+    Adapter,
     Contract,
     Graph,
     Limits,
@@ -38,6 +39,7 @@ def plan_page(plan: Plan, checkpoint: Checkpoint, limits: Limits, devices: Seque
         ("build memory, peak", f"at most {gigabytes(plan.build_memory)}"),
         ("engine memory", f"at most {gigabytes(plan.engine_memory)} with one full row"),
         ("KV cache", f"{plan.kv_per_token:,} bytes a token; {gigabytes(row)} a row of {limits.capacity} tokens"),
+        *(("adapter", f"{a.name}, scale {a.scale:g}") for a in checkpoint.source.adapters),
         ("limits", f"capacity {limits.capacity}, batch {limits.max_batch}, chunk {limits.max_chunk}"),
         ("proof", "here" if plan.provable else f"pending: {plan.why_not_provable}"),
         *(line for device in devices for line in device.lines(limits)),
@@ -89,7 +91,7 @@ def make_manifest(
         kind=checkpoint.kind,
         name=source.name,
         architecture=architecture,
-        source=Source(name=source.name, format=source.format, revision=source.revision, sha256=checkpoint.sha256()),
+        source=_source(checkpoint),
         parameters=count_weights(module),
         contract=make_contract(shapes, limits.vocab_size),
         limits=limits,
@@ -112,6 +114,17 @@ def _onnxruntime_target(limits: Limits, parity: Parity, quality: str) -> Target:
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
         parity=parity,
         quality=quality,
+    )
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    found = checkpoint.source
+    return Source(
+        name=found.name,
+        format=found.format,
+        revision=found.revision,
+        sha256=checkpoint.sha256(),
+        adapters=tuple(Adapter(name=a.name, scale=a.scale, sha256=dict(a.sha256)) for a in found.adapters),
     )
 
 

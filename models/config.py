@@ -3,6 +3,7 @@
 It knows the shape of HF's config.json as a mapping and nothing of any one architecture.
 """
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class ConfigReader:
     def number(self, key: str, default: float = _REQUIRED, *, positive: bool = True) -> float:
         """A finite number, greater than 0 unless `positive` is false."""
         value = self._get(key, default)
-        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not finite or (positive and value <= 0):
             raise self._wrong(key, "a positive number" if positive else "a number", value)
         return float(value)
@@ -76,12 +77,26 @@ class ConfigReader:
             raise self._wrong(key, "true or false", value)
         return value
 
+    def text(self, key: str, default: str = _REQUIRED) -> str:
+        """A string."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, "a string", value)
+        return value
+
     def choice(self, key: str, allowed: Collection[str], default: str = _REQUIRED) -> str:
         """One of the strings in `allowed`."""
         value = self._get(key, default)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise self._wrong(key, f"one of {', '.join(sorted(allowed))}", value)
-        return str(value)
+        return value
+
+    def texts(self, key: str, default: Sequence[str] = _REQUIRED) -> tuple[str, ...]:
+        """A list of strings."""
+        value = self._get(key, default if default is _REQUIRED else list(default))
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(key, "a list of strings", value)
+        return tuple(value)
 
     def choices(self, key: str, length: int, allowed: Collection[str], default: Sequence[str]) -> tuple[str, ...]:
         """A list of `length` strings out of `allowed`."""
@@ -89,6 +104,10 @@ class ConfigReader:
         if not isinstance(value, list) or len(value) != length or not all(v in allowed for v in value):
             raise self._wrong(key, f"a list of {length} out of {', '.join(sorted(allowed))}", value)
         return tuple(value)
+
+    def names(self) -> list[str]:
+        """The keys that there are."""
+        return list(self._values)
 
     def section(self, key: str) -> "ConfigReader":
         """The object under `key`; an empty one if it is absent."""

@@ -14,7 +14,30 @@ from .layers import BlockQuantizedWeight
 from .quantization import BlockQuantized, Form
 
 _LISTED = 8  # names of each kind in a message
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads",
+    "num_key_value_heads", "num_experts", "num_local_experts",
+)  # fmt: skip
+"""Of config.json: each is at most the largest dimension, or the number, of a checkpoint's tensors."""
 _PARTS = ("codes", "scales", "offsets")  # of a block-quantised weight
+
+
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that speaks of far more than the weight files hold, before a model is built by it.
+
+    `match_parameters` compares exactly; this keeps a damaged number from taking all memory until then.
+
+    Raises:
+        CheckpointError: it names the key.
+    """
+    count = len(checkpoint.tensors)
+    largest = max([count, *(max(i.shape) for i in checkpoint.tensors.values() if i.shape and 0 not in i.shape)])
+    for key, limit in {"num_hidden_layers": count, **dict.fromkeys(_SIZES, largest)}.items():
+        value = checkpoint.config.get(key)
+        if isinstance(value, int) and value > limit:
+            raise CheckpointError(
+                f"{checkpoint.source.name} does not fit its configuration: {key} is {value}, its weights allow {limit}"
+            )
 
 
 def match_parameters(model: nn.Module, checkpoint: Checkpoint, ignored: Sequence[str] = ()) -> dict[str, str]:
@@ -29,7 +52,8 @@ def match_parameters(model: nn.Module, checkpoint: Checkpoint, ignored: Sequence
         ignored: `fnmatch` patterns of tensors that carry nothing.
 
     Returns:
-        Parameter name -> tensor name, shared parameters under every name.
+        Parameter name -> tensor name, shared parameters under every name. A bias of zeros that no module asks for is
+        passed over: it changes nothing.
 
     Raises:
         CheckpointError: lists what is missing, unexpected, mis-shaped and stored in another form.
@@ -53,7 +77,9 @@ def match_parameters(model: nn.Module, checkpoint: Checkpoint, ignored: Sequence
     unexpected = [
         name
         for name in checkpoint.tensors
-        if name not in wanted and not any(fnmatch(name, pattern) for pattern in ignored)
+        if name not in wanted
+        and not any(fnmatch(name, pattern) for pattern in ignored)
+        and not _is_zero_bias(name, wanted, checkpoint)
     ]
     problems = {
         "missing": missing,
@@ -161,6 +187,12 @@ def _compare_shared(checkpoint: Checkpoint, groups: Iterable[Sequence[str]]) -> 
                 raise CheckpointError(
                     f"{checkpoint.source.name}: the configuration ties {first} and {other}, but their weights differ"
                 )
+
+
+def _is_zero_bias(name: str, wanted: Mapping[str, WantedTensor], checkpoint: Checkpoint) -> bool:
+    """Old quantisers write a bias of zeros for linears that have none; it changes nothing."""
+    module = name.removesuffix(".bias")
+    return module != name and f"{module}.weight" in wanted and not checkpoint.load(name).any()
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -47,7 +47,7 @@ class RopeConfig:
         Raises:
             ConfigError: the scaling lacks a key or holds an impossible value.
         """
-        inverse, factor = _SCALINGS[self.kind](self, self.longest or positions)
+        inverse, factor = SCALINGS[self.kind](self, self.longest or positions)
         steps = torch.arange(positions, dtype=torch.float32, device="cpu")
         angles = steps[:, None] * inverse[None, :]
         return RopeTables(angles.cos() * factor, angles.sin() * factor)
@@ -83,7 +83,7 @@ def read_rope(
         places = original_places = (scaling, scaling)
     type_key = "rope_type" if scaling.has("rope_type") else "type"
     aliases = aliases or {}
-    kind = scaling.choice(type_key, {*_SCALINGS, *aliases}, "default")
+    kind = scaling.choice(type_key, {*SCALINGS, *aliases}, "default")
     rotary_dim = int(
         head_dim * _first(places, "partial_rotary_factor").number("partial_rotary_factor", partial_rotary_factor)
     )
@@ -202,7 +202,7 @@ def _factors(rope: RopeConfig, positions: int) -> tuple[Tensor, float]:
     return inverse / torch.tensor(rope.scaling.numbers("factors", rope.rotary_dim // 2), device="cpu"), 1.0
 
 
-_SCALINGS: dict[str, Callable[[RopeConfig, int], tuple[Tensor, float]]] = {
+SCALINGS: dict[str, Callable[[RopeConfig, int], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,

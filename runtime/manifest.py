@@ -17,13 +17,25 @@ Dimension = int | str
 """A fixed size, or the name of a dynamic one (`contract.BATCH`, …)."""
 
 
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that was merged into the weights. scale: as it was asked for; sha256: of its files, by name."""
+
+    name: str
+    scale: float
+    sha256: dict[str, str]
+
+
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the weights came from; revision is the commit of a hub repository; sha256 is a weight file's, by name."""
+    """Where the weights came from; revision is the commit of a hub repository; sha256 is a weight file's, by name.
+
+    adapters: merged into the weights, in this order.
+    """
 
     name: str
     format: str
     revision: str | None = None
     sha256: dict[str, str] = {}
+    adapters: tuple[Adapter, ...] = ()
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):

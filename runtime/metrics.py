@@ -72,8 +72,8 @@ def _of_quality(name: str, kl: float, perplexity: float) -> Thresholds:
 
     Such a rounding is off by at most 2^-8 of the block's largest value, typically by a quarter of that: a unit of
     2^-10. But a token's worst logit says little here, and the bound lets much pass. What counts is the distribution
-    over many tokens: the mean KL divergence and the growth of perplexity. On the few hundred golden tokens the latter
-    has a standard error of half a percent, so it is allowed more than the class promises on a long text.
+    over many tokens: the mean KL divergence, and by how much perplexity grew at least, because on the few hundred
+    golden tokens it has a standard error of half a percent, and on a short schedule of several.
     """
     loose = _of_unit_roundoff(name, 2.0**-10)
     return msgspec.structs.replace(loose, kv_error=2 * loose.kv_error, kl=kl, perplexity=perplexity)
@@ -122,6 +122,12 @@ class Deviations:
         """Perplexity of the engine by that of the reference, on the tokens that are followed by one; else 1."""
         known = self.surprise[~np.isnan(self.surprise)]
         return float(np.exp(known.mean())) if len(known) else 1.0
+
+    @property
+    def certain_perplexity_ratio(self) -> float:
+        """The same less three standard errors of its logarithm: by how much perplexity grew at least."""
+        known = self.surprise[~np.isnan(self.surprise)]
+        return float(np.exp(known.mean() - 3 * known.std() / len(known) ** 0.5)) if len(known) else 1.0
 
     @classmethod
     def join(cls, parts: "list[Deviations]") -> Self:

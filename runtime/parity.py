@@ -108,10 +108,10 @@ def _run(engine: Engine, golden: Golden, thresholds: Thresholds, schedule: Sched
 
 def _require_distribution(found: Deviations, thresholds: Thresholds, schedule: Schedule) -> None:
     """Raise if the probabilities of a whole schedule are too far off; the logits of each token may look innocent."""
-    kl, growth = float(found.kl.mean()), found.perplexity_ratio - 1
+    kl, growth = float(found.kl.mean()), found.certain_perplexity_ratio - 1
     for words, value, allowed in (
         ("the KL divergence from it is {:.3g} nats, {:.3g} is allowed", kl, thresholds.kl),
-        ("the perplexity grew by {:.3g}, {:.3g} is allowed", growth, thresholds.perplexity),
+        ("the perplexity grew by {:.3g} at least, {:.3g} is allowed", growth, thresholds.perplexity),
     ):
         if allowed is not None and not value <= allowed:
             raise ParityError(

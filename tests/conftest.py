@@ -114,3 +114,9 @@ def smollm2_gguf(request) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_bundle(request, smollm2_gguf, tmp_path_factory) -> Path:
     return build_quietly(smollm2_gguf, tmp_path_factory.mktemp("bundle") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_exact(smollm2_gguf, tmp_path_factory) -> Path:
+    """The same in float32."""
+    return build_quietly(smollm2_gguf, tmp_path_factory.mktemp("exact") / "smollm2", quality="exact")

@@ -1,15 +1,20 @@
 """SmolLM2-135M-Instruct from its GGUF: eager, universal and lowered against transformers on real tokens."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from support import SCENARIOS, Eager, Lowered, PlainOnnx, run_scenario
+from tokenizers import Tokenizer
 
 from zonda.models import registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights
-from zonda.runtime import Pipeline, SamplingParams
+from zonda.runtime import Pipeline, SamplingParams, metrics
 from zonda.runtime.bundle import open_bundle
 from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.manifest import Limits
@@ -43,8 +48,6 @@ def reference(smollm2_gguf):
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),
     ).eval()
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_buffer(open_checkpoint(smollm2_gguf).files["tokenizer.json"])
     ids = tokenizer.encode(TEXT).ids
     assert len(ids) >= 320
@@ -55,12 +58,12 @@ def reference(smollm2_gguf):
 
 
 @pytest.fixture(scope="module")
-def executors(smollm2_gguf, smollm2_bundle):
+def executors(smollm2_gguf, smollm2_exact):
     checkpoint = open_checkpoint(smollm2_gguf)
     architecture = registry.of_config(checkpoint.config)
     eager = architecture.build(architecture.read_config(checkpoint.config), ROWS).eval()
     load_weights(eager, checkpoint)
-    bundle = open_bundle(smollm2_bundle)
+    bundle = open_bundle(smollm2_exact)
     limits = Limits(capacity=CAPACITY, max_batch=4, max_chunk=ROWS - CAPACITY, vocab_size=49152)
     engine = OnnxRuntimeEngine(bundle.file("onnx/onnxruntime.onnx"), bundle.manifest.contract, limits)
     universal = bundle.file("onnx/universal.onnx")
@@ -106,10 +109,10 @@ PROMPTS = [
 ]
 
 
-def test_greedy_text_of_a_batch_equals_the_single_runs(smollm2_bundle):
+def test_greedy_text_of_a_batch_equals_the_single_runs(smollm2_exact):
     """A difference is allowed only where the two best logits are closer than the measured float32 noise."""
     params = SamplingParams(temperature=0.0, max_tokens=40, logprobs=2)
-    with Pipeline.load(smollm2_bundle) as pipeline:
+    with Pipeline.load(smollm2_exact) as pipeline:
         batch = pipeline.generate(PROMPTS, params)
         singles = [pipeline.generate(prompt, params) for prompt in PROMPTS]
     assert batch[0].text.startswith(" Paris")
@@ -123,6 +126,37 @@ def test_greedy_text_of_a_batch_equals_the_single_runs(smollm2_bundle):
                 break
         else:
             assert together.token_ids == alone.token_ids
+
+
+def scored(bundle: Path, ids: list[int]) -> Iterator[np.ndarray]:
+    """Logits after each token of each window of 512, which starts anew."""
+    opened = open_bundle(bundle)
+    limits = Limits(capacity=512, max_batch=1, max_chunk=512, vocab_size=49152)
+    engine = OnnxRuntimeEngine(opened.file("onnx/onnxruntime.onnx"), opened.manifest.contract, limits)
+    for start in range(0, len(ids), 512):
+        window = np.array([ids[start : start + 512]])
+        zero, length = np.zeros(1, np.int32), np.array([window.shape[1]], np.int32)
+        yield engine.step(engine.allocate(1), 0, window, zero, length, np.arange(window.shape[1])[None])[0]
+
+
+def test_balanced_costs_half_a_percent_of_perplexity_at_most(smollm2_exact, smollm2_bundle):
+    """Against the dequantised model, on 16,384 tokens of Python's own manual."""
+    assert open_bundle(smollm2_bundle).manifest.targets[0].quality == "balanced"
+    tokenizer = Tokenizer.from_file(str(smollm2_exact / "tokenizer.json"))
+    text = "\n".join(topic for _, topic in sorted(topics.items()))
+    ids = tokenizer.encode(text[:120_000]).ids[: 32 * 512]
+    assert len(ids) == 32 * 512
+    parts = []
+    for index, (want, got) in enumerate(zip(scored(smollm2_exact, ids), scored(smollm2_bundle, ids), strict=True)):
+        following = np.array([*ids[index * 512 + 1 : index * 512 + 512], -1])
+        parts += [
+            metrics.deviations(want[part], got[part], following[part])
+            for part in (slice(start, start + 64) for start in range(0, 512, 64))
+        ]
+    found = metrics.Deviations.join(parts)
+    print(f"perplexity × {found.perplexity_ratio:.5f}, KL {found.kl.mean():.2e}, top-1 {found.agrees.mean():.4f}")
+    assert found.perplexity_ratio < 1.005
+    assert found.kl.mean() < 6e-3
 
 
 def test_a_chat_turn_answers_and_stops(smollm2_bundle):

@@ -33,6 +33,7 @@ def locate_in_build(
     spec: Contract,
     limits: Limits,
     prompts: Sequence[Sequence[int]],
+    quality: str = "exact",
 ) -> Finding | None:
     """Find where an unfinished bundle parts from the eager model: in the export, the lowering or the runtime.
 
@@ -43,9 +44,10 @@ def locate_in_build(
         spec: the contract.
         limits: of the engine.
         prompts: token ids.
+        quality: class of the lowered graph; what comes before it computes in float32.
 
     Returns:
-        The first place, None if no link of the chain exceeds the thresholds of float32 and no operation stands out.
+        The first place, None if no link of the chain exceeds its thresholds and no operation stands out.
 
     Raises:
         BuildError: the eager model cannot run.
@@ -62,7 +64,11 @@ def locate_in_build(
     ]
     script = make_script(prompts, limits, tokens_for(universal.windows))
     try:
-        return locate(chain, script, THRESHOLDS["float32"], closely=True)
+        if quality == "exact":
+            return locate(chain, script, THRESHOLDS["float32"], closely=True)
+        before, after = chain[:3], chain[2:]
+        found = locate(before, script, THRESHOLDS["float32"], closely=True)
+        return found or locate(after, script, THRESHOLDS[quality])
     finally:
         for subject in chain:
             subject.close()

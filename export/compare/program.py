@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from ...models.architecture import CausalModel
 from ...models.cache import Cache
+from ...models.loading import with_floats
 from ...runtime import contract
 from ..universal import trace
 from .network import Network, of_program, program_names
@@ -117,7 +118,7 @@ class ProgramSubject:
 
         def read(node: torch.fx.Node) -> Any:
             if node.name in stored:
-                return self._load(stored[node.name].removeprefix("inner.")).float()
+                return with_floats(self._load(stored[node.name].removeprefix("inner.")))
             return values[node]
 
         for node in nodes:

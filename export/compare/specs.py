@@ -131,8 +131,10 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The class of numerics."""
-        return self.target.dtype if self.spec.kind in ("lowered", "engine") else "float32"
+        """The class of numerics, or of quality where that says more."""
+        if self.spec.kind not in ("lowered", "engine"):
+            return "float32"
+        return self.target.dtype if self.target.quality == "exact" else self.target.quality
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that travels with it, None if there is none."""

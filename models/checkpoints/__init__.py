@@ -10,11 +10,30 @@ from ... import CheckpointError
 from .base import Checkpoint
 from .folder import FolderCheckpoint
 from .gguf import GgufCheckpoint
-from .hub import download, is_hub_id
+from .hub import download, find_cached, is_hub_id
+from .quantized import unpacked
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "fetch", "open_checkpoint"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def fetch(source: str | Path, *, revision: str | None = None, offline: bool = False) -> str | None:
+    """Bring a hub id into the local cache, showing progress; whatever else `source` is stays where it is.
+
+    Args:
+        source, revision, offline: as of `open_checkpoint`.
+
+    Returns:
+        The revision to open: the commit of a hub id, else `revision`.
+
+    Raises:
+        CheckpointError: the repository cannot be had; the message says why.
+    """
+    if not _is_hub(source):
+        return revision
+    find = find_cached if offline else download
+    return find(str(source), revision=revision)[1]
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
@@ -27,6 +46,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, offline:
 
     Raises:
         CheckpointError: it is not there, cannot be read, or is not sound.
+        ConfigError: its weights are quantised in a way that is not supported.
         UnsupportedArchitectureError: a GGUF describes a model that Zonda does not have.
     """
     try:
@@ -38,7 +58,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, offline:
 def _open(source: str | Path, revision: str | None, offline: bool) -> Checkpoint:
     path = Path(source)
     if path.is_dir():
-        return FolderCheckpoint(path)
+        return unpacked(FolderCheckpoint(path))
     if path.is_file():
         if path.suffix == ".gguf":
             return GgufCheckpoint(path)
@@ -47,7 +67,12 @@ def _open(source: str | Path, revision: str | None, offline: bool) -> Checkpoint
                 f"{path} is a pickle, and loading a pickle runs the code in it; convert to safetensors"
             )
         raise CheckpointError(f"{path}: expected a folder, a .gguf file, or a hub id")
-    if is_hub_id(str(source)) and path.suffix not in (".gguf", ".safetensors", *_PICKLES):
-        folder, commit = download(str(source), revision=revision, offline=offline)
-        return FolderCheckpoint(folder, name=str(source), revision=commit)
+    if _is_hub(source):
+        folder, commit = (find_cached if offline else download)(str(source), revision=revision)
+        return unpacked(FolderCheckpoint(folder, name=str(source), revision=commit))
     raise CheckpointError(f"{source}: there is no such file or folder, and it is no hub id (organisation/name)")
+
+
+def _is_hub(source: str | Path) -> bool:
+    path = Path(source)
+    return is_hub_id(str(source)) and not path.exists() and path.suffix not in (".gguf", ".safetensors", *_PICKLES)

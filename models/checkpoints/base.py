@@ -38,12 +38,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter that was merged. scale: as the user gave it. sha256: hex, of each of its files."""
+
+    name: str
+    scale: float
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSource:
-    """name: as the user gave it, without folders. format: `safetensors BF16`, `GGUF Q4_1`. revision: a hub commit."""
+    """name: as the user gave it, without folders. format: `safetensors BF16`, `GGUF Q4_1`. revision: a hub commit.
+
+    adapters: what was merged into its weights, in that order.
+    """
 
     name: str
     format: str
     revision: str | None = None
+    adapters: tuple[AdapterSource, ...] = ()
 
 
 class Checkpoint(Protocol):
@@ -75,6 +88,37 @@ class Checkpoint(Protocol):
 
     def sha256(self) -> dict[str, str]:
         """The hex sha256 of each weight file, by file name."""
+
+
+class CheckpointView:
+    """A checkpoint that shows another one's tensors; its children change some of them. See `Checkpoint`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        source: CheckpointSource | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self.kind: Literal["normal", "gguf"] = checkpoint.kind
+        self.source = checkpoint.source if source is None else source
+        self.config = checkpoint.config if config is None else config
+        self.tensors = tensors
+        self.files = checkpoint.files
+
+    def load(self, name: str) -> Tensor:
+        """See `Checkpoint`."""
+        return self._checkpoint.load(name)
+
+    def blocks(self, name: str) -> BlockQuantized | None:
+        """See `Checkpoint`."""
+        return self._checkpoint.blocks(name)
+
+    def sha256(self) -> dict[str, str]:
+        """See `Checkpoint`."""
+        return self._checkpoint.sha256()
 
 
 def files_sha256(paths: list[Path]) -> dict[str, str]:

@@ -11,10 +11,10 @@ from ... import CheckpointError
 from .base import TEXT_FILES, CheckpointSource, TensorInfo, files_sha256
 from .safetensors import SafetensorsFile
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _MAX_TEXT = 64 << 20
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class FolderCheckpoint:
@@ -30,8 +30,8 @@ class FolderCheckpoint:
         """
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is not an HF checkpoint folder")
-        self.config: dict[str, Any] = _read_json(path, "config.json")
-        self._files = {file: SafetensorsFile(_inside(path, file)) for file in _weight_files(path)}
+        self.config: dict[str, Any] = read_json(path, "config.json")
+        self._files = {file: SafetensorsFile(inside(path, file)) for file in _weight_files(path)}
         self._place = _place_tensors(path, self._files)
         self.tensors: Mapping[str, TensorInfo] = {
             name: self._files[file].tensors[name] for name, file in self._place.items()
@@ -55,8 +55,12 @@ class FolderCheckpoint:
         return files_sha256([file.path for file in self._files.values()])
 
 
-def _inside(path: Path, name: str) -> Path:
-    """The file `name` of the folder; a link may lead out of it only to the blobs of the hub cache it lies in."""
+def inside(path: Path, name: str) -> Path:
+    """The file `name` of the folder; a link may lead out of it only to the blobs of the hub cache it lies in.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
     folder = path.resolve()
     allowed = [folder]
     if folder.parent.name == "snapshots":
@@ -68,14 +72,18 @@ def _inside(path: Path, name: str) -> Path:
 
 
 def _read_text(path: Path, name: str) -> bytes:
-    file = _inside(path, name)
+    file = inside(path, name)
     if file.stat().st_size > _MAX_TEXT:
         raise CheckpointError(f"{file} is too large to be what it is called")
     return file.read_bytes()
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object that can be written again: half a surrogate pair could not."""
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object that can be written again: half a surrogate pair could not.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
     try:
         value = json.loads(_read_text(path, name).decode())
         json.dumps(value, ensure_ascii=False).encode()
@@ -87,26 +95,37 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _weight_files(path: Path) -> list[str]:
-    if (path / _INDEX).is_file():
-        weight_map = _read_json(path, _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{path / _INDEX}: weight_map must map tensor names to file names")
-        shards = sorted(set(weight_map.values()))
+    if (path / INDEX).is_file():
+        shards = shard_names(path)
         for shard in shards:
-            if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-                raise CheckpointError(f"{path / _INDEX}: {shard!r} is not a plain file name in this folder")
             if not (path / shard).is_file():
-                raise CheckpointError(f"{path / _INDEX} lists {shard}, which is not there; download it again")
+                raise CheckpointError(f"{path / INDEX} lists {shard}, which is not there; download it again")
         return shards
-    if (path / _SINGLE).is_file():
-        return [_SINGLE]
-    pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    pickles = [file.name for pattern in PICKLES for file in path.glob(pattern)]
     if pickles:
         raise CheckpointError(
             f"{path} holds its weights as a pickle ({pickles[0]}), and loading a pickle runs the code in it; "
             "use a revision with safetensors, or convert it in an environment you trust"
         )
-    raise CheckpointError(f"{path} has no {_SINGLE} and no {_INDEX}")
+    raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}")
+
+
+def shard_names(path: Path) -> list[str]:
+    """The files that a folder's index names; each a plain file name, there or not.
+
+    Raises:
+        CheckpointError: the index is no index.
+    """
+    weight_map = read_json(path, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path / INDEX}: weight_map must map tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            raise CheckpointError(f"{path / INDEX}: {shard!r} is not a plain file name in this folder")
+    return shards
 
 
 def _place_tensors(path: Path, files: Mapping[str, SafetensorsFile]) -> dict[str, str]:
@@ -117,12 +136,12 @@ def _place_tensors(path: Path, files: Mapping[str, SafetensorsFile]) -> dict[str
             if name in place:
                 raise CheckpointError(f"{path}: the tensor {name} is in {place[name]} and in {file}")
             place[name] = file
-    if (path / _INDEX).is_file():
-        listed: dict[str, str] = _read_json(path, _INDEX)["weight_map"]
+    if (path / INDEX).is_file():
+        listed: dict[str, str] = read_json(path, INDEX)["weight_map"]
         for name in sorted(set(listed) | set(place)):
             if listed.get(name) != place.get(name):
                 where = place.get(name, "no file")
-                raise CheckpointError(f"{path / _INDEX}: {name} should be in {listed.get(name)}, it is in {where}")
+                raise CheckpointError(f"{path / INDEX}: {name} should be in {listed.get(name)}, it is in {where}")
     return place
 
 
@@ -130,7 +149,7 @@ def _text_files(path: Path) -> dict[str, bytes]:
     """The text files that travel; a chat template inside tokenizer_config.json becomes a file of its own."""
     files = {name: _read_text(path, name) for name in TEXT_FILES if (path / name).is_file()}
     if "tokenizer_config.json" in files:
-        config = _read_json(path, "tokenizer_config.json")
+        config = read_json(path, "tokenizer_config.json")
         template = config.pop("chat_template", None)
         if isinstance(template, list):
             named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]

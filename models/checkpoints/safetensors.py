@@ -18,7 +18,13 @@ from .base import TensorInfo
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_INTEGER = (1 << 63) - 1
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _KNOWN = {**_DTYPES, **_INTEGERS, "BOOL": torch.bool}
 

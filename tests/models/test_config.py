@@ -4,6 +4,7 @@ import pytest
 
 from zonda import ConfigError, UnsupportedArchitectureError
 from zonda.models import registry
+from zonda.models.config import ConfigReader
 from zonda.models.llama import LlamaConfig
 
 GOOD = {
@@ -43,6 +44,8 @@ def test_a_missing_key_is_named(key):
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"num_attention_heads": 5}, "not a multiple of num_attention_heads"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number"),
+        ({"hidden_act": ["silu"]}, "hidden_act must be one of silu"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
         ({"rope_scaling": {"rope_type": "unheard-of"}}, "rope_type must be one of"),
     ],
@@ -61,3 +64,18 @@ def test_an_unknown_architecture_lists_the_known_ones_and_the_guide():
 def test_a_config_must_name_its_architecture(value):
     with pytest.raises(ConfigError, match="architectures"):
         registry.of_config(GOOD | {"architectures": value})
+
+
+def test_texts_and_lists_of_texts():
+    read = ConfigReader({"name": "a", "names": ["a", "b"], "none": None})
+    assert read.text("name") == "a"
+    assert read.text("none", "c") == "c"
+    assert read.texts("names") == ("a", "b")
+    assert read.texts("none", ("c",)) == ("c",)
+    assert read.names() == ["name", "names", "none"]
+    with pytest.raises(ConfigError, match="names must be a string"):
+        read.text("names")
+    with pytest.raises(ConfigError, match="name must be a list of strings"):
+        read.texts("name")
+    with pytest.raises(ConfigError, match="the key 'none' is missing"):
+        read.texts("none")
