@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,16 +19,19 @@ from rich.console import Console
 from zonda import BuildError, ParityError, ZondaError
 from zonda.runtime.manifest import Limits
 
+if TYPE_CHECKING:
+    from zonda.export.tensorrt_target import PlanOptions
+
 DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
-DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+DTYPES: dict[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What the command line says. capacity 0 is min(max_position_embeddings, 4096).
 
-    compute_capabilities, dtype, plugins: of the TensorRT targets.
+    compute_capabilities, dtype, plugins: of the TensorRT targets, one plan for each entry of plugins.
     """
 
     targets: tuple[str, ...] = ("onnxruntime",)
@@ -43,7 +46,7 @@ class BuildOptions:
     reference: str = "eager"
     compute_capabilities: tuple[int, ...] = ()
     dtype: str = "fp16"
-    plugins: str = "all"
+    plugins: tuple[str, ...] = ("all",)
 
 
 class Steps:
@@ -83,7 +86,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
 
-    tensorrt = _tensorrt_targets(options)
+    plans = _tensorrt_plans(options)
     if options.verify not in ("strict", "off"):
         raise BuildError(f"--verify is strict or off, found {options.verify!r}")
     if options.reference not in ("eager", "transformers"):
@@ -103,13 +106,15 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
         names = match_parameters(module, checkpoint, architecture.ignored)
     estimate = plan.make_plan(module, limits)
-    devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
+    devices = [device_plan.make_device_plan(module, limits, wanted.name) for wanted in plans]
     if options.dry_run:
         console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
         return None
     estimate.require(output.absolute().parent)
+    others_bytes = estimate.bundle
     for device in devices:
-        device.require(output.absolute().parent, estimate.bundle)
+        device.require(output.absolute().parent, others_bytes)
+        others_bytes += device.plan
     with staged(output.absolute(), overwrite=options.overwrite) as staging:
         with steps.step("export to ONNX"):
             graph = universal.export_universal(module)
@@ -120,14 +125,14 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         packs = lowered.packs if lowered is not None else {}
         load = files.tensor_source(module, checkpoint, names)
         others = []
-        for target, settings in tensorrt.items():
-            with steps.step(f"build for {target}"):
+        for wanted in plans:
+            with steps.step(f"build {wanted.name}"):
                 made = tensorrt_target.add_target(
-                    staging, graph, load, limits, proof.unproven_target(options.verify), name=target, **settings
+                    staging, graph, load, limits, proof.unproven_target(options.verify), wanted
                 )
             others.append(made)
             for warning in made.warnings:
-                console.print(f"{target} warns: {warning}", style="yellow", markup=False, highlight=False)
+                console.print(f"{made.name} warns: {warning}", style="yellow", markup=False, highlight=False)
         with steps.step("write the weights"):
             layout = weights.plan_layout(graph, packs)
             files.write(staging, graph, lowered.model if lowered is not None else None, layout, load)
@@ -172,14 +177,15 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     return output
 
 
-def _tensorrt_targets(options: BuildOptions) -> dict[str, Any]:
-    """The TensorRT targets asked for, each with the arguments of `add_target` that the options give.
+def _tensorrt_plans(options: BuildOptions) -> "list[PlanOptions]":
+    """The TensorRT plans asked for: of every target, one for each choice of plugins.
 
     Raises:
         BuildError: an option is impossible.
     """
     from zonda.export.lower.tensorrt import parse_plugins
     from zonda.export.tensorrt_build import check_capabilities
+    from zonda.export.tensorrt_target import PlanOptions
 
     for target in options.targets:
         if target not in TARGETS:
@@ -188,14 +194,18 @@ def _tensorrt_targets(options: BuildOptions) -> dict[str, Any]:
         raise BuildError(f"--target names each target once, at least one; found {', '.join(options.targets) or 'none'}")
     if options.dtype not in DTYPES:
         raise BuildError(f"--dtype is {' or '.join(DTYPES)}, found {options.dtype!r}")
-    plugins = parse_plugins(options.plugins)
+    plugins = [parse_plugins(text) for text in options.plugins]
+    if not plugins or len(set(plugins)) != len(plugins):
+        raise BuildError(
+            f"--plugins names each choice once, at least one; found {' and '.join(options.plugins) or 'none'}"
+        )
     chosen = [target for target in options.targets if target != "onnxruntime"]
-    if not chosen and (options.compute_capabilities, options.dtype, options.plugins) != ((), "fp16", "all"):
+    if not chosen and (options.compute_capabilities, options.dtype, options.plugins) != ((), "fp16", ("all",)):
         raise BuildError("--compute-capability, --dtype and --plugins are of a TensorRT target; ask for one: --target")
     dtype, capabilities = DTYPES[options.dtype], options.compute_capabilities
     for target in chosen:
         check_capabilities(target, capabilities, dtype)
-    return {target: {"dtype": dtype, "capabilities": capabilities, "plugins": plugins} for target in chosen}
+    return [PlanOptions(target, dtype, capabilities, choice) for target in chosen for choice in plugins]
 
 
 def _capabilities(text: str) -> tuple[int, ...]:
@@ -244,8 +254,12 @@ def build(
     ] = "",
     dtype: Annotated[str, typer.Option(help="Of a TensorRT plan: fp16 or bf16.")] = "fp16",
     plugins: Annotated[
-        str, typer.Option(help="Kernels of our own in a TensorRT plan: all, none, or a list as RmsNorm,RoPE.")
-    ] = "all",
+        list[str] | None,
+        typer.Option(
+            help="Kernels of our own in a TensorRT plan: all (the default), none, or a list as RmsNorm,RoPE. May be "
+            "repeated for one plan each, of which `zonda bench` picks the fastest."
+        ),
+    ] = None,
 ) -> None:
     """Compile MODEL into an engine bundle."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -264,7 +278,7 @@ def build(
             reference=reference,
             compute_capabilities=_capabilities(compute_capability),
             dtype=dtype,
-            plugins=plugins,
+            plugins=tuple(plugins or ("all",)),
         )
         bundle = build_bundle(model, output, options, Console() if dry_run else console)
     except ImportError as error:

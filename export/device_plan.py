@@ -29,8 +29,9 @@ _SCRATCH = 8 << 20  # TensorRT asks for it even in the smallest model
 class DevicePlan:
     """Bytes, unless said otherwise.
 
-    weights: on the device. kv_per_token: of one row. activations: role of a profile -> most that a step needs.
-    plan: the file. build_memory: of the process that builds. build_disk: the plan and the weights it is made from.
+    target: name of the plan's target. weights: on the device. kv_per_token: of one row. activations: role of a profile
+    -> most that a step needs. plan: the file. build_memory: of the process that builds. build_disk: the plan and the
+    weights it is made from.
     """
 
     target: str

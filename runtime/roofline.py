@@ -86,7 +86,7 @@ def work_of(bundle: Bundle, target: Target) -> Work:
     if any("expert" in key and config[key] for key in config):
         raise RequestError("--roofline counts dense models; this one has experts, and a token reads only some of them")
     context = min(CONTEXT, manifest.limits.capacity)
-    plan = target.name in MODULES
+    plan = target.kind in MODULES
     weights = target.weight_bytes or sum(manifest.files[name] for name in target.weights)
     table = manifest.limits.vocab_size * int(config.get("hidden_size", 0))
     tied = bool(config.get("tie_word_embeddings", False))

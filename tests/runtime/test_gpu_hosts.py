@@ -14,7 +14,7 @@ from rich.console import Console
 
 from zonda import BundleError, DeviceMemoryError, TargetUnavailableError
 from zonda.plugins_trt.cuda import CudaDriver
-from zonda.runtime import Pipeline, SamplingParams, gpu, loader, verification
+from zonda.runtime import Pipeline, SamplingParams, gpu, loader, records, verification
 from zonda.runtime.bundle import open_bundle
 from zonda.runtime.gpu import Gpu
 from zonda.runtime.inspection import inspection_page
@@ -36,7 +36,7 @@ def host(monkeypatch):
     def be(found=RTX_4090, modules=("tensorrt_rtx", "tensorrt", "cuda"), version="1.7.1.116"):
         monkeypatch.setattr(gpu, "is_installed", lambda module: module in modules)
         monkeypatch.setattr(gpu, "installed_version", lambda _: version)
-        for room in (gpu, verification):
+        for room in (gpu, records):
             monkeypatch.setattr(room, "find_gpu", lambda: found)
 
     be()
@@ -158,7 +158,7 @@ def test_a_plan_runs_by_itself_once_it_has_been_proven_here(with_plan, host, dou
     bundle = open_bundle(with_plan())
     target = bundle.manifest.targets[0]
     engine = loader.open_engine(bundle, target, bundle.manifest.limits)
-    verification.remember(bundle, target, verification.prove_target(bundle, target, engine))
+    records.remember(bundle, target, verification.prove_target(bundle, target, engine))
     engine.close()
     assert loader.choose_target(bundle, None) == (target, {})
     page = Console(record=True, width=200)

@@ -40,18 +40,18 @@ def planned(request, found, tiny_folder, tmp_path_factory):
         targets=("onnxruntime", target),
         compute_capabilities=(found.capability,),
         dtype="fp16",
-        plugins=request.param,
+        plugins=(request.param,),
         capacity=112,
         max_batch=4,
         max_chunk=16,
     )
     bundle = open_bundle(path)
-    return bundle, next(t for t in bundle.manifest.targets if t.name == target)
+    return bundle, next(t for t in bundle.manifest.targets if t.kind == target)
 
 
 def open_it(bundle, target, **options):
     kernels = bundle.file(target.kernels).read_bytes() if target.kernels else None
-    trt = load(gpu.MODULES[target.name])
+    trt = load(gpu.MODULES[target.kind])
     plan = bundle.file(target.graphs[0].file)
     manifest = bundle.manifest
     plugins = tuple(target.plugins)
