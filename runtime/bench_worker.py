@@ -57,7 +57,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 def measure(request: Request) -> Reading:
-    """Load the target and run every case, each after a short one of the same shape that is not counted.
+    """Load the target and run every case, each after a short run that is not counted.
 
     Raises:
         ZondaError: the target cannot be loaded, or the engine failed.
@@ -70,7 +70,9 @@ def measure(request: Request) -> Reading:
         timings = []
         for case in request.cases:
             random = np.random.default_rng([request.seed, case.prompt_tokens, case.batch])
-            _run(pipeline, case, min(_WARM_TOKENS, request.new_tokens), random)
+            # Rows are prefilled one by one: what a single row has warmed up, a batch finds warm.
+            warm = case if case.batch == 1 else Case(request.cases[0].prompt_tokens, case.batch)
+            _run(pipeline, warm, min(_WARM_TOKENS, request.new_tokens), random)
             timings.append(_run(pipeline, case, request.new_tokens, random))
         return Reading(load_s, peak_rss(), tuple(timings))
 
