@@ -83,6 +83,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models import registry
     from zonda.models.checkpoints import open_checkpoint
     from zonda.models.loading import match_parameters
+    from zonda.models.quantize import quantize_norms
     from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
 
@@ -104,7 +105,11 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         limits = _limits(config.max_position_embeddings, config.vocab_size, options)
         with torch.device("meta"):
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
+        dequantised = quantize_norms(module, checkpoint)
         names = match_parameters(module, checkpoint, architecture.ignored)
+    if dequantised:
+        words = f"{len(dequantised)} norms are stored in blocks and computed in float32, the first {dequantised[0]}"
+        console.print(words, markup=False, highlight=False)
     estimate = plan.make_plan(module, limits)
     devices = [device_plan.make_device_plan(module, limits, wanted.name) for wanted in plans]
     if options.dry_run:

@@ -75,9 +75,9 @@ def fuse_norms(graph: ir.Graph) -> None:
     The sum is an output of the fused node, so the residual stream is read and written once.
     """
     for node in list(graph):
-        if node.op_type != "RmsNorm" or node.domain != DOMAIN:
+        if node.op_type not in ("RmsNorm", "QRmsNorm") or node.domain != DOMAIN:
             continue
-        x, weight = node.inputs
+        x, weight = node.inputs[0], _gain(graph, node)
         eps = node.attributes["eps"].as_float()
         add = producer(x, "Add")
         if add is not None and _same_shape(*add.inputs) and _rank(add.inputs[0]) in (2, 3):
@@ -96,6 +96,15 @@ def fuse_norms(graph: ir.Graph) -> None:
             attributes = {"epsilon": eps, "axis": -1, "stash_type": 1}
             (normed,) = insert(graph, node, "SimplifiedLayerNormalization", [x, weight], attributes)
         replace(node.outputs[0], normed)
+
+
+def _gain(graph: ir.Graph, norm: ir.Node) -> ir.Value | None:
+    """The gain (H,) of an RmsNorm; that of a QRmsNorm is dequantised in the graph, some hundred numbers a step."""
+    if norm.op_type == "RmsNorm":
+        return norm.inputs[1]
+    (gain,) = insert(graph, norm, "DequantizeLinear", norm.inputs[1:], {"axis": 0})
+    flat = _constant(graph, "flat", ir.tensor([-1], dtype=ir.DataType.INT64))
+    return insert(graph, norm, "Reshape", [gain, flat])[0]
 
 
 def fuse_experts(graph: ir.Graph) -> None:
