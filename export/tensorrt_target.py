@@ -69,8 +69,8 @@ def add_target(
     folder, scratch = staging / options.kind, staging / f"{options.name}.onnx"
     folder.mkdir(exist_ok=True)
     scratch.mkdir()
-    model = lower(universal, options.dtype, limits.capacity + limits.max_chunk, options.plugins)
-    onnx = write_onnx(scratch, model, load)
+    lowered = lower(universal, options.dtype, limits.capacity + limits.max_chunk, options.plugins)
+    onnx = write_onnx(scratch, lowered, load)
     profiles = make_profiles(limits)
     report = build_plan(
         onnx,
@@ -112,9 +112,10 @@ def add_target(
         tool_versions={options.kind: report.version, **versions},
         parity=parity,
         kv_dtype=options.dtype,
+        quantization=dict(lowered.weights.classes),
         compute_capabilities=options.capabilities,
         kernels=f"{files}.kernels" if report.plugin_layers else "",
-        plugins=dict(sorted(Counter(node.op_type for node in plugin_nodes(model.graph)).items())),
+        plugins=dict(sorted(Counter(node.op_type for node in plugin_nodes(lowered.model.graph)).items())),
         log=f"{files}.log",
         warnings=report.warnings,
         weight_bytes=report.weights,

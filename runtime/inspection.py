@@ -51,7 +51,7 @@ def on_this_host(bundle: Bundle, target: Target) -> str:
 
 def _form(target: Target) -> str:
     """The dtype, and what a plan was built for."""
-    words = [target.dtype]
+    words = [target.dtype, *(f"{kind} {form}" for kind, form in target.quantization.items())]
     if target.compute_capabilities:
         words.append("for SM " + ", ".join(map(str, target.compute_capabilities)))
     if target.plugins:

@@ -142,9 +142,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     (`onnxruntime`, `tensorrt-rtx`, `tensorrt`), the name if empty: a bundle may hold several plans of one kind.
 
     weights: files that are mapped, not hashed, on load. dtype: of the arithmetic. kv_dtype: of the states, the
-    contract's if empty. compute_capabilities: of the GPUs that can run it. kernels: file of the plugins' kernels, none
-    if empty. plugins: operator -> nodes that became plugins. log: file of TensorRT's messages. warnings: of its build,
-    in words. weight_bytes: on the device, 0 if unknown.
+    contract's if empty. quantization: class of weights -> what they are held in, where it is blocks in the bundle.
+    compute_capabilities: of the GPUs that can run it. kernels: file of the plugins' kernels, none if empty. plugins:
+    operator -> nodes that became plugins. log: file of TensorRT's messages. warnings: of its build, in words.
+    weight_bytes: on the device, 0 if unknown.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     parity: Parity
     kind: str = ""
     kv_dtype: str = ""
+    quantization: dict[str, str] = {}
     compute_capabilities: tuple[int, ...] = ()
     kernels: str = ""
     plugins: dict[str, int] = {}

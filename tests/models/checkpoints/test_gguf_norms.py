@@ -1,5 +1,6 @@
 """A GGUF whose norms are in blocks: QRmsNorm from the file to the logits, and what stays in floats."""
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import gguf
@@ -8,6 +9,7 @@ import onnx
 import pytest
 import torch
 from checkpoint_files import LAYERS, TOKENS, weights, write_model
+from conftest import build_quietly
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from support import RELATIVE_TOLERANCE, Eager, PlainOnnx, run_scenario
@@ -25,6 +27,8 @@ from zonda.models.gemma import OffsetRmsNorm
 from zonda.models.loading import load_weights, match_parameters
 from zonda.models.quantization import Form
 from zonda.models.quantize import count_weights, quantize_norms, tensor_classes
+from zonda.plugins_trt import CubinLibrary
+from zonda.runtime.bundle import open_bundle
 
 HIDDEN, ROWS = 64, 32
 STEPS = [[7, 4], [1, 1], [3, 5]]
@@ -131,6 +135,29 @@ def test_both_graphs_compute_the_same_and_the_lowered_one_by_onnx_runtimes_norms
     assert "QRmsNorm" not in operators
     assert operators.count("DequantizeLinear") == 2 * LAYERS + 1
     assert operators.count("SkipSimplifiedLayerNormalization") == 2 * LAYERS
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: pip install -e '.[rtx]'")
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install -e '.[plugins]'")
+def test_the_bundle_and_its_plan_hold_them(tmp_path):
+    """Every QRmsNorm node became our plugin in a plan for four architectures, or the worker would have refused it."""
+    path = build_quietly(
+        write_with_norms(tmp_path / "model.gguf"),
+        tmp_path / "bundle",
+        targets=("onnxruntime", "tensorrt-rtx"),
+        compute_capabilities=(80, 86, 89, 120),
+        max_batch=2,
+        max_chunk=16,
+    )
+    bundle = open_bundle(path, full=True)
+    ort, rtx = bundle.manifest.targets
+    assert bundle.manifest.quantization["norm"] == "8 bits, blocks of 32"
+    assert ort.parity.status == "passed"
+    assert bundle.manifest.universal.status == "passed"
+    assert rtx.plugins == {"QRmsNorm": 2 * LAYERS + 1, "RoPE": LAYERS}
+    library = CubinLibrary.from_bytes(bundle.file(rtx.kernels).read_bytes())
+    library.require((80, 86, 89, 120))
+    assert {variant.kernel for variant in library.variants} == {"q_rms_norm", "rope"}
 
 
 def test_gains_of_four_bits_stay_in_floats_and_are_named(tmp_path):
