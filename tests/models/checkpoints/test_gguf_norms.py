@@ -12,14 +12,11 @@ from checkpoint_files import LAYERS, TOKENS, weights, write_model
 from conftest import build_quietly
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from support import RELATIVE_TOLERANCE, Eager, PlainOnnx, run_scenario
+from support import RELATIVE_TOLERANCE, Eager, PlainOnnx, export_graphs, run_scenario
 
 from zonda import CheckpointError
 from zonda.export import onnx_files
-from zonda.export.lower.onnxruntime import lower
 from zonda.export.proof import run_eager
-from zonda.export.universal import export_universal
-from zonda.export.weights import plan_layout
 from zonda.models import layers, registry
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.checkpoints.base import TensorInfo
@@ -123,9 +120,7 @@ def test_streamed_from_the_checkpoint_the_logits_are_the_same(checkpoint):
 def test_both_graphs_compute_the_same_and_the_lowered_one_by_onnx_runtimes_norms(checkpoint, wanted, tmp_path):
     module = build_quantised(checkpoint)
     load = onnx_files.tensor_source(module, checkpoint, match_parameters(module, checkpoint))
-    universal = export_universal(module)
-    lowered = lower(universal)
-    onnx_files.write(tmp_path, universal, lowered.model, plan_layout(universal, lowered.packs), load)
+    export_graphs(tmp_path, lambda _: build_quantised(checkpoint), load, ROWS)
     onnx_files.check(tmp_path)
     for file in (onnx_files.UNIVERSAL, onnx_files.LOWERED):
         runner = PlainOnnx(tmp_path / file, module.kv_shapes, 2, ROWS)
