@@ -83,6 +83,8 @@ def add_target(
     shutil.rmtree(scratch)
     files = f"{options.kind}/{options.form}"
     plan = f"{files}.plan"
+    if not report.plugin_layers:
+        (staging / f"{files}.kernels").unlink()
     graphs = []
     for index, profile in enumerate(profiles):
         batch, sequence, logits = (

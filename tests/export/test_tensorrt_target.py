@@ -69,6 +69,7 @@ def test_a_plan_without_our_kernels_lies_beside_it(both):
         "",
     )
     assert builtin.weights == ("tensorrt-rtx/builtin.plan",)
+    assert "tensorrt-rtx/builtin.kernels" not in both.manifest.files
     assert both.checksums[builtin.weights[0]] != both.checksums[rtx.weights[0]]
     assert {builtin.log, *builtin.weights} <= both.manifest.files.keys()
 

@@ -38,7 +38,7 @@ def kind():
         pytest.skip(found)
     kind = "tensorrt-rtx" if found.capability in RTX else "tensorrt"
     if not gpu.is_installed(gpu.MODULES[kind]):
-        pytest.skip(f"{gpu.MODULES[kind]} is not installed")
+        pytest.skip(f"{gpu.MODULES[kind]} is not installed: pip install 'zonda[{kind.replace('tensorrt-', '')}]'")
     return kind
 
 
