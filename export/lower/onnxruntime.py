@@ -102,7 +102,10 @@ def _gain(graph: ir.Graph, norm: ir.Node) -> ir.Value | None:
     """The gain (H,) of an RmsNorm; that of a QRmsNorm is dequantised in the graph, some hundred numbers a step."""
     if norm.op_type == "RmsNorm":
         return norm.inputs[1]
-    (gain,) = insert(graph, norm, "DequantizeLinear", norm.inputs[1:], {"axis": 0})
+    x, codes, scales = norm.inputs
+    (gain,) = insert(graph, norm, "DequantizeLinear", [codes, scales], {"axis": 0})
+    if x is not None and scales is not None and x.dtype is not None and x.dtype != scales.dtype:
+        (gain,) = insert(graph, norm, "Cast", [gain], {"to": int(x.dtype)})
     flat = _constant(graph, "flat", ir.tensor([-1], dtype=ir.DataType.INT64))
     return insert(graph, norm, "Reshape", [gain, flat])[0]
 
