@@ -17,7 +17,7 @@ test: $(VENV)/gpu-tools $(MODEL)  ## Everything but the slow tests.
 test-slow: $(VENV)/gpu-tools $(MODEL)  ## What takes longer.
 	$(BIN)/pytest -n 2 -m slow
 
-test-gpu: $(VENV)/gpu-tools  ## What only an NVIDIA GPU can show.
+test-gpu: $(VENV)/gpu-tools $(MODEL)  ## What only an NVIDIA GPU can show.
 	$(BIN)/pytest -m gpu
 
 lint: $(VENV)/ready  ## Style and types.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,17 +19,20 @@ from rich.console import Console
 from zonda import BuildError, ParityError, ZondaError
 from zonda.runtime.manifest import Limits
 
+if TYPE_CHECKING:
+    from zonda.export.tensorrt_target import PlanOptions
+
 DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
-DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+DTYPES: dict[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What the command line says. capacity 0 is min(max_position_embeddings, 4096). lora: each `PATH[:scale]`.
 
-    compute_capabilities, dtype, plugins: of the TensorRT targets.
+    compute_capabilities, dtype, plugins: of the TensorRT targets, one plan for each entry of plugins.
     """
 
     targets: tuple[str, ...] = ("onnxruntime",)
@@ -46,7 +49,7 @@ class BuildOptions:
     reference: str = "eager"
     compute_capabilities: tuple[int, ...] = ()
     dtype: str = "fp16"
-    plugins: str = "all"
+    plugins: tuple[str, ...] = ("all",)
 
 
 class Steps:
@@ -84,11 +87,11 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models.checkpoints import fetch, open_checkpoint
     from zonda.models.checkpoints.lora import merge_adapters, parse_lora
     from zonda.models.loading import check_sizes, match_parameters
-    from zonda.models.quantize import is_quantized, quantize_modules, quantized_forms
+    from zonda.models.quantize import is_quantized, quantize_modules, quantize_norms, quantized_forms
     from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
 
-    tensorrt = _tensorrt_targets(options)
+    plans = _tensorrt_plans(options)
     if options.quality not in QUALITIES:
         raise BuildError(f"--quality is one of {', '.join(QUALITIES)}, found {options.quality!r}")
     if options.verify not in ("strict", "off"):
@@ -115,18 +118,24 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
             if options.quality != "exact":
                 quantize_modules(module, quantized_forms(module, checkpoint))
+        dequantised = quantize_norms(module, checkpoint)
         names = match_parameters(module, checkpoint, architecture.ignored)
+    if dequantised:
+        words = f"{len(dequantised)} norms are stored in blocks and computed in float32, the first {dequantised[0]}"
+        console.print(words, markup=False, highlight=False)
     quality = options.quality if is_quantized(module) else "exact"
     if options.lora:
         console.print(f"merged {len(options.lora)} adapters: {checkpoint.source.format}", markup=False, highlight=False)
     estimate = plan.make_plan(module, limits)
-    devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
+    devices = [device_plan.make_device_plan(module, limits, wanted.name) for wanted in plans]
     if options.dry_run:
         console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
         return None
     estimate.require(output.absolute().parent)
+    others_bytes = estimate.bundle
     for device in devices:
-        device.require(output.absolute().parent, estimate.bundle)
+        device.require(output.absolute().parent, others_bytes)
+        others_bytes += device.plan
     with staged(output.absolute(), overwrite=options.overwrite) as staging:
         with steps.step("export to ONNX"):
             graph = universal.export_universal(module)
@@ -136,14 +145,14 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 lowered = lower.lower(graph, quality)
         load = files.tensor_source(module, checkpoint, names)
         others = []
-        for target, settings in tensorrt.items():
-            with steps.step(f"build for {target}"):
+        for wanted in plans:
+            with steps.step(f"build {wanted.name}"):
                 made = tensorrt_target.add_target(
-                    staging, graph, load, limits, proof.unproven_target(options.verify), name=target, **settings
+                    staging, graph, load, limits, proof.unproven_target(options.verify), wanted
                 )
             others.append(made)
             for warning in made.warnings:
-                console.print(f"{target} warns: {warning}", style="yellow", markup=False, highlight=False)
+                console.print(f"{made.name} warns: {warning}", style="yellow", markup=False, highlight=False)
         with steps.step("write the weights"):
             files.write(staging, graph, lowered, load)
         with steps.step("check the graphs"):
@@ -189,14 +198,15 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     return output
 
 
-def _tensorrt_targets(options: BuildOptions) -> dict[str, Any]:
-    """The TensorRT targets asked for, each with the arguments of `add_target` that the options give.
+def _tensorrt_plans(options: BuildOptions) -> "list[PlanOptions]":
+    """The TensorRT plans asked for: of every target, one for each choice of plugins.
 
     Raises:
         BuildError: an option is impossible.
     """
     from zonda.export.lower.tensorrt import parse_plugins
     from zonda.export.tensorrt_build import check_capabilities
+    from zonda.export.tensorrt_target import PlanOptions
 
     for target in options.targets:
         if target not in TARGETS:
@@ -205,14 +215,18 @@ def _tensorrt_targets(options: BuildOptions) -> dict[str, Any]:
         raise BuildError(f"--target names each target once, at least one; found {', '.join(options.targets) or 'none'}")
     if options.dtype not in DTYPES:
         raise BuildError(f"--dtype is {' or '.join(DTYPES)}, found {options.dtype!r}")
-    plugins = parse_plugins(options.plugins)
+    plugins = [parse_plugins(text) for text in options.plugins]
+    if not plugins or len(set(plugins)) != len(plugins):
+        raise BuildError(
+            f"--plugins names each choice once, at least one; found {' and '.join(options.plugins) or 'none'}"
+        )
     chosen = [target for target in options.targets if target != "onnxruntime"]
-    if not chosen and (options.compute_capabilities, options.dtype, options.plugins) != ((), "fp16", "all"):
+    if not chosen and (options.compute_capabilities, options.dtype, options.plugins) != ((), "fp16", ("all",)):
         raise BuildError("--compute-capability, --dtype and --plugins are of a TensorRT target; ask for one: --target")
     dtype, capabilities = DTYPES[options.dtype], options.compute_capabilities
     for target in chosen:
         check_capabilities(target, capabilities, dtype)
-    return {target: {"dtype": dtype, "capabilities": capabilities, "plugins": plugins} for target in chosen}
+    return [PlanOptions(target, dtype, capabilities, choice) for target in chosen for choice in plugins]
 
 
 def _capabilities(text: str) -> tuple[int, ...]:
@@ -271,8 +285,12 @@ def build(
     ] = "",
     dtype: Annotated[str, typer.Option(help="Of a TensorRT plan: fp16 or bf16.")] = "fp16",
     plugins: Annotated[
-        str, typer.Option(help="Kernels of our own in a TensorRT plan: all, none, or a list as RmsNorm,RoPE.")
-    ] = "all",
+        list[str] | None,
+        typer.Option(
+            help="Kernels of our own in a TensorRT plan: all (the default), none, or a list as RmsNorm,RoPE. May be "
+            "repeated for one plan each, of which `zonda bench` picks the fastest."
+        ),
+    ] = None,
 ) -> None:
     """Compile MODEL into an engine bundle."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -293,7 +311,7 @@ def build(
             reference=reference,
             compute_capabilities=_capabilities(compute_capability),
             dtype=dtype,
-            plugins=plugins,
+            plugins=tuple(plugins or ("all",)),
         )
         bundle = build_bundle(model, output, options, Console() if dry_run else console)
     except ImportError as error:

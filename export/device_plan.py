@@ -4,6 +4,7 @@ Upper bounds from the tensors' sizes, and constants measured on TensorRT-RTX 1.7
 TensorRT's own figures stand in the manifest.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 
 from .. import BuildError
 from ..models.architecture import CausalModel
+from ..models.layers import QEmbedding
 from ..runtime import contract
 from ..runtime.manifest import Limits
 from .plan import gigabytes, kv_bytes_per_token
@@ -29,8 +31,9 @@ _SCRATCH = 8 << 20  # TensorRT asks for it even in the smallest model
 class DevicePlan:
     """Bytes, unless said otherwise.
 
-    weights: on the device. kv_per_token: of one row. activations: role of a profile -> most that a step needs.
-    plan: the file. build_memory: of the process that builds. build_disk: the plan and the weights it is made from.
+    target: name of the plan's target. weights: on the device. kv_per_token: of one row. activations: role of a profile
+    -> most that a step needs. plan: the file. build_memory: of the process that builds. build_disk: the plan and the
+    weights it is made from.
     """
 
     target: str
@@ -82,7 +85,9 @@ def make_device_plan(model: CausalModel, limits: Limits, target: str) -> DeviceP
     """Predict from the model's shapes (on the meta device) and the limits asked for."""
     parameters = {id(tensor): tensor for tensor in model.parameters()}.values()
     tables = {id(tensor): tensor.numel() for tensor in model.buffers()}
-    weights = sum(p.numel() for p in parameters) * _ITEM + sum(tables.values()) * _WIDE
+    weights = sum(p.numel() * (_ITEM if p.is_floating_point() else p.itemsize) for p in parameters)
+    weights += sum(tables.values()) * _WIDE
+    weights += sum(math.prod(m.shape) * _ITEM for m in model.modules() if isinstance(m, QEmbedding))  # dequantised
     widest = max((max(p.shape) for p in parameters if p.ndim == 2 and limits.vocab_size not in p.shape), default=1)
     kv = kv_bytes_per_token(model.kv_shapes) // _WIDE * _ITEM
     activations: dict[str, int] = {}

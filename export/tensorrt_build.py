@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from .. import BuildError
@@ -22,9 +20,10 @@ from ..plugins_trt import CubinLibrary, compile_kernels, variants_of
 from ..plugins_trt.trt import Flavour
 from ..runtime import contract
 from ..runtime.manifest import Limits
-from .lower.tensorrt import plugin_nodes
+from .lower.tensorrt import Lowered, plugin_nodes
 from .lower.tensorrt_lint import lint
 from .tensorrt_request import Profile, Report, Request
+from .tensorrt_weights import stored_weights
 from .weights import attach, missing_data, plan_layout, write_weights
 
 MODULES: dict[str, Flavour] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -32,12 +31,6 @@ MODULES: dict[str, Flavour] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tens
 
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 """What TensorRT-RTX can compile for."""
-
-_TORCH = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 def make_profiles(limits: Limits) -> tuple[Profile, Profile]:
@@ -85,41 +78,24 @@ def check_capabilities(target: str, capabilities: Sequence[int], dtype: str) -> 
         raise BuildError(f"compute capability {min(capabilities)} has no bfloat16; build with --dtype fp16")
 
 
-def write_onnx(directory: Path, model: ir.Model, load: Callable[[str], Tensor]) -> Path:
+def write_onnx(directory: Path, lowered: Lowered, load: Callable[[str], Tensor]) -> Path:
     """Write `model.onnx` and `weights.bin`, each tensor in the type that the graph says.
 
     Args:
         directory: an empty one.
-        model: of `lower`; its initialisers are given their data.
+        lowered: of `lower`; the model's initialisers are given their data.
         load: initialiser name -> tensor.
 
     Raises:
-        BuildError: a value is too large for float16.
+        BuildError: as of `stored_weights`.
     """
+    model = lowered.model
     layout = plan_layout(model, {})
-    initialisers = model.graph.initializers
-    write_weights(
-        directory / "weights.bin", layout, missing_data(model), lambda n: as_typed(n, load(n), initialisers[n].dtype)
-    )
+    write_weights(directory / "weights.bin", layout, missing_data(model), stored_weights(lowered, load))
     attach(model, layout, "weights.bin")
     path = directory / "model.onnx"
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     return path
-
-
-def as_typed(name: str, tensor: Tensor, dtype: ir.DataType | None) -> np.ndarray:
-    """The bytes of a tensor rounded to `dtype`; integer codes as they are.
-
-    Raises:
-        BuildError: a value is too large for float16.
-    """
-    if tensor.is_floating_point() and dtype in _TORCH:
-        narrow = tensor.to(_TORCH[dtype])
-        if torch.isinf(narrow).any() and not torch.isinf(tensor).any():
-            largest = tensor.abs().max().item()
-            raise BuildError(f"{name} holds {largest:.3g}, more than float16 can: build with --dtype bf16")
-        tensor = narrow
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def build_plan(

@@ -43,6 +43,8 @@ class QRmsNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, block_size: int = 32) -> None:
         super().__init__()
         self.eps = eps
+        self.form = Form(8, block_size, offsets=False)
+        self.shape = (hidden_size,)
         blocks = hidden_size // block_size
         self.codes = nn.Parameter(torch.empty(blocks, block_size, dtype=torch.int8), requires_grad=False)
         self.scales = nn.Parameter(torch.empty(blocks), requires_grad=False)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import CheckpointError
 from .checkpoints.base import Checkpoint
-from .layers import BlockQuantizedWeight
-from .quantization import BlockQuantized, Form
+from .layers import BlockQuantizedWeight, QRmsNorm
+from .quantization import BlockQuantized, Form, Gain
 
 _LISTED = 8  # names of each kind in a message
 _SIZES = (
@@ -105,14 +105,15 @@ def parameter_source(checkpoint: Checkpoint, names: Mapping[str, str]) -> Callab
     """
 
     @functools.lru_cache(maxsize=1)
-    def read(tensor: str) -> BlockQuantized | None:
-        return checkpoint.blocks(tensor)
+    def read(tensor: str) -> BlockQuantized | Gain | None:
+        blocks = checkpoint.blocks(tensor)
+        return blocks.as_gain() if blocks is not None and len(blocks.shape) == 1 else blocks
 
     def load(name: str) -> Tensor:
         tensor, part = names[name], name.rpartition(".")[2]
         if part not in _PARTS or tensor.rpartition(".")[2] == part:
             return checkpoint.load(tensor)
-        value: Tensor | None = getattr(read(tensor), part)
+        value: Tensor | None = getattr(read(tensor), part, None)
         if value is None:
             raise CheckpointError(f"{checkpoint.source.name}: {tensor} has no {part}")
         return value
@@ -163,7 +164,7 @@ def wanted_tensors(model: nn.Module) -> dict[str, WantedTensor]:
     wanted: dict[str, WantedTensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(prefix, recurse=False, remove_duplicate=False))
-        if isinstance(module, BlockQuantizedWeight):
+        if isinstance(module, BlockQuantizedWeight | QRmsNorm):
             parts = tuple(name for name in own if name.rpartition(".")[2] in _PARTS)
             wanted[f"{prefix}.weight"] = WantedTensor(parts, module.shape, module.form, id(module.codes))
             own = {name: parameter for name, parameter in own.items() if name not in parts}

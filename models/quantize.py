@@ -1,18 +1,19 @@
-"""Module surgery: linears and embeddings whose weights a checkpoint holds in blocks become `QLinear` and `QEmbedding`.
+"""Module surgery: what a checkpoint holds in blocks becomes `QLinear`, `QEmbedding` or `QRmsNorm`.
 
-Architecture files are written with `Linear` and `Embedding` and know nothing of it.
+Architecture files are written with `Linear`, `Embedding` and `RmsNorm` and know nothing of it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from .checkpoints.base import FLOATS, Checkpoint
-from .layers import BlockQuantizedWeight, Embedding, Linear, QEmbedding, QLinear, RmsNorm
+from .layers import BlockQuantizedWeight, Embedding, Linear, QEmbedding, QLinear, QRmsNorm, RmsNorm
 from .loading import aliases, wanted_tensors
 from .quantization import Form
 
-_CLASSES = {"embedding": (Embedding, QEmbedding), "linear": (Linear, QLinear), "norm": (RmsNorm,)}
+_CLASSES = {"embedding": (Embedding, QEmbedding), "linear": (Linear, QLinear), "norm": (RmsNorm, QRmsNorm)}
 
 
 def quantized_forms(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Form]:
@@ -70,13 +71,37 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, BlockQuantizedWeight) for module in model.modules())
 
 
+def quantize_norms(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Replace each `RmsNorm` whose gain the checkpoint holds in 8-bit blocks by a `QRmsNorm`, in place and unfilled.
+
+    Args:
+        model: usually on the meta device.
+        checkpoint: whose tensor names are the model's.
+
+    Returns:
+        Gains that are in blocks too but stay in floats: what is multiplied is a sum (Gemma's `offset + weight`), or
+        their form is none of a norm's.
+    """
+    kept = []
+    for name, module in list(model.named_modules()):
+        stored = checkpoint.tensors.get(f"{name}.weight")
+        if not isinstance(module, RmsNorm) or stored is None or stored.form is None:
+            continue
+        if type(module) is not RmsNorm or not stored.form.fits_norms:
+            kept.append(f"{name}.weight")
+            continue
+        with module.weight.device:
+            model.set_submodule(name, QRmsNorm(module.weight.shape[0], module.eps, stored.form.block_size))
+    return kept
+
+
 def count_weights(model: nn.Module) -> int:
     """The model's weights, shared ones once; a code counts for one, scales and offsets for none."""
     counts: dict[int, int] = {}
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, BlockQuantizedWeight):
-            counts[id(module.codes)] = module.codes.numel() * 8 // module.form.bits
+        if isinstance(module, BlockQuantizedWeight | QRmsNorm):
+            counts[id(module.codes)] = math.prod(module.shape)
             own = {name: parameter for name, parameter in own.items() if name == "bias"}
         counts |= {id(parameter): parameter.numel() for parameter in own.values()}
     return sum(counts.values())
@@ -88,7 +113,7 @@ def tensor_classes(model: nn.Module) -> dict[str, str]:
     for module in model.modules():
         for name, types in _CLASSES.items():
             if isinstance(module, types):
-                held[name].add(str(module.form) if isinstance(module, BlockQuantizedWeight) else "float32")
+                held[name].add(str(module.form) if isinstance(module, BlockQuantizedWeight | QRmsNorm) else "float32")
     return {name: "; ".join(sorted(forms)) for name, forms in held.items() if forms}
 
 

@@ -1,4 +1,4 @@
-"""The command `zonda`: generate, chat, inspect and verify on a bundle, and whatever other packages' rooms add.
+"""The command `zonda`: generate, chat, inspect, verify and bench on a bundle, and whatever other packages' rooms add.
 
 Commands that need more than the runtime are entry points of the group `zonda.commands`; they are imported only when
 they are called, so `zonda generate` never pays for torch.
@@ -6,6 +6,7 @@ they are called, so `zonda generate` never pays for torch.
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,8 @@ Penalty = Annotated[float | None, typer.Option(help="Repetition penalty; 1 is no
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; one a physical core if not given.")]
-TargetOption = Annotated[str | None, typer.Option(help="Force a target of the bundle.")]
+OnlyTarget = Annotated[str | None, typer.Option("--target", help="Only this target, or this kind of targets.")]
+TargetOption = Annotated[str | None, typer.Option(help="Force a target of the bundle, by its name or its kind.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -179,36 +181,81 @@ def inspect(
 @app.command()
 def verify(
     bundle: BundleArgument,
-    target: Annotated[str | None, typer.Option(help="Only this target.")] = None,
+    target: OnlyTarget = None,
     quick: Annotated[bool, typer.Option("--quick", help="One prompt, about a second.")] = False,
     threads: Threads = None,
 ) -> None:
     """Prove on this host that a bundle is what was built and computes what the build recorded."""
     from .bundle import open_bundle
-    from .loader import obstacle, open_engine
-    from .verification import in_words, prove_target, remember
+    from .loader import obstacle, open_engine, targets_of
+    from .records import remember
+    from .verification import in_words, prove_target
 
     console = Console(soft_wrap=True, highlight=False)
     opened = open_bundle(bundle, full=True)
     count, size = len(opened.manifest.files) + 1, sum(opened.manifest.files.values())
     console.print(f"{count} files, {size / 1e6:,.1f} MB: all as the build wrote them")
-    proven = 0
-    for one in opened.manifest.targets:
-        if target not in (None, one.name):
-            continue
+    proven, failures = 0, []
+    for one in targets_of(opened, target):
         reason = obstacle(opened, one, forced=True)
         if reason is not None:
             console.print(f"{one.name}: not verified: {reason}", markup=False)
             continue
-        engine = open_engine(opened, one, opened.manifest.limits, threads)
-        parity = prove_target(opened, one, engine, quick=quick)
-        engine.close()
+        try:
+            with closing(open_engine(opened, one, opened.manifest.limits, threads)) as engine:
+                parity = prove_target(opened, one, engine, quick=quick)
+        except ZondaError as error:
+            console.print(f"{one.name}: NOT proven", style="red", markup=False)
+            failures.append(error)
+            continue
         if not quick:
             remember(opened, one, parity)
         console.print(f"{one.name}: {in_words(parity)}", markup=False)
         proven += 1
+    if failures:
+        raise failures[0]
     if not proven:
         raise TargetUnavailableError(f"{bundle}: there was no target to verify on this host")
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    target: OnlyTarget = None,
+    batch: Annotated[int, typer.Option(help="Rows of the batch that is measured beside a single row.")] = 4,
+    tokens: Annotated[int, typer.Option(help="New tokens of each request.")] = 64,
+    repeat: Annotated[int, typer.Option(help="Rounds; in each every target is loaded and run once.")] = 5,
+    threads: Threads = None,
+    pick: Annotated[
+        bool, typer.Option("--pick/--no-pick", help="Let this host prefer the fastest of two or more proven targets.")
+    ] = True,
+    json_output: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Everything measured, as JSON; - is standard output.")
+    ] = None,
+) -> None:
+    """Measure the targets of a bundle on this host, and pick the fastest proven one."""
+    import msgspec
+
+    from .bench import bench as measure_all
+    from .bench import make_plan
+    from .bench_page import bench_page
+    from .bundle import open_bundle
+    from .loader import targets_of
+
+    opened, messages = open_bundle(bundle), Console(stderr=True)
+    targets = targets_of(opened, target)
+    plan = make_plan(opened.manifest.limits, batch=batch, new_tokens=tokens, repeat=repeat, threads=threads)
+    with messages.status("") as status:
+        report = measure_all(opened, targets, plan, pick=pick, progress=status.update)
+    encoded = msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+    if json_output == "-":
+        sys.stdout.write(encoded)
+    else:
+        Console().print(bench_page(report), markup=False, highlight=False)
+        if json_output is not None:
+            Path(json_output).write_text(encoded, "utf-8")
+    if not any(not one.failure for one in report.targets):
+        raise TargetUnavailableError(f"{bundle}: there was no target to measure on this host")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from .. import EngineError
 from .manifest import Target
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Target -> module that runs it."""
+"""Kind of a target -> module that runs it."""
 
 _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
@@ -60,14 +60,14 @@ def probe(driver: Any) -> Gpu:
 
 def plan_obstacle(target: Target) -> str | None:
     """Why a TensorRT target's plan cannot run on this host, with the nearest fix; None if nothing speaks against it."""
-    module = MODULES[target.name]
+    module = MODULES[target.kind]
     if not is_installed(module):
-        extra = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}[target.name]
+        extra = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}[target.kind]
         return f"{module} is not installed; pip install 'zonda[{extra}]'"
     gpu = find_gpu()
     if isinstance(gpu, str):
         return gpu
-    return _wrong_gpu(target, gpu) or _wrong_version(target, installed_version(target.name))
+    return _wrong_gpu(target, gpu) or _wrong_version(target, installed_version(target.kind))
 
 
 def is_installed(module: str) -> bool:
@@ -75,9 +75,9 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def installed_version(name: str) -> str | None:
-    """Version of the installed TensorRT of a target, None if it is not known."""
-    for distribution in _DISTRIBUTIONS[name]:
+def installed_version(kind: str) -> str | None:
+    """Version of the installed TensorRT that runs targets of a kind, None if it is not known."""
+    for distribution in _DISTRIBUTIONS[kind]:
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -89,8 +89,8 @@ def _wrong_gpu(target: Target, gpu: Gpu) -> str | None:
     built = target.compute_capabilities
     if not built or gpu.capability in built:
         return None
-    fix = f"build again with --target {target.name} --compute-capability {gpu.capability}"
-    if target.name == "tensorrt":
+    fix = f"build again with --target {target.kind} --compute-capability {gpu.capability}"
+    if target.kind == "tensorrt":
         fix = "build again with --target tensorrt on this host"
     elif gpu.capability not in _RTX:
         fix = "TensorRT-RTX does not know this GPU: build with --target tensorrt on this host"
@@ -99,18 +99,19 @@ def _wrong_gpu(target: Target, gpu: Gpu) -> str | None:
 
 
 def _wrong_version(target: Target, installed: str | None) -> str | None:
-    built = _built_with(target.name, target.tool_versions)
+    built = _built_with(target.kind, target.tool_versions)
     if built is None or installed is None or built.split(".")[:3] == installed.split(".")[:3]:
         return None
-    package = _DISTRIBUTIONS[target.name][0]
+    package = _DISTRIBUTIONS[target.kind][0]
     return (
         f"the plan was built with {package} {built}, {installed} is installed here, and plans are not portable between "
         f"versions; pip install {package}=={built}, or build again"
     )
 
 
-def _built_with(name: str, versions: Mapping[str, str]) -> str | None:
-    for key in (name, MODULES[name], *_DISTRIBUTIONS[name], *(d.replace("-", "_") for d in _DISTRIBUTIONS[name])):
+def _built_with(kind: str, versions: Mapping[str, str]) -> str | None:
+    distributions = _DISTRIBUTIONS[kind]
+    for key in (kind, MODULES[kind], *distributions, *(name.replace("-", "_") for name in distributions)):
         if key in versions:
             return versions[key]
     return None

@@ -8,6 +8,7 @@ from rich.table import Table
 from .bundle import Bundle
 from .loader import obstacle
 from .manifest import Parity, Target
+from .records import remembered_pick
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -42,12 +43,15 @@ def inspection_page(bundle: Bundle) -> RenderableType:
 def on_this_host(bundle: Bundle, target: Target) -> str:
     """`runs`, or why not and the nearest fix."""
     reason = obstacle(bundle, target, forced=False)
-    return "runs" if reason is None else f"cannot run: {reason}"
+    if reason is not None:
+        return f"cannot run: {reason}"
+    pick = remembered_pick(bundle)
+    return "runs" if pick is None or pick.target != target.name else "runs, the fastest here by `zonda bench`"
 
 
 def _form(target: Target) -> str:
     """The dtype, and what a plan was built for."""
-    words = [target.dtype]
+    words = [target.dtype, *(f"{kind} {form}" for kind, form in target.quantization.items())]
     if target.compute_capabilities:
         words.append("for SM " + ", ".join(map(str, target.compute_capabilities)))
     if target.plugins:

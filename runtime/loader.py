@@ -6,7 +6,7 @@ defaults that travel in the bundle.
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +22,15 @@ from .engines import Engine
 from .gpu import MODULES, plan_obstacle
 from .manifest import Limits, Parity, Target
 from .pipeline import Pipeline
+from .records import PickRecord, is_proven, remembered_pick
 from .sampling import SamplingParams
-from .verification import prove_target, remembered
+from .verification import prove_target
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-"""Targets from best to most portable."""
+"""Kinds of targets from best to most portable."""
 
 CUDA_PROVIDER = "onnxruntime-cuda"
-"""Not a target of its own: the universal graph by ONNX Runtime's CUDA provider, for whoever asks for it."""
+"""Not a target of a bundle: the universal graph by ONNX Runtime's CUDA provider, for whoever asks for it."""
 
 _UNIVERSAL = "onnx/universal.onnx"
 
@@ -99,7 +100,7 @@ def load_pipeline(
         raise BundleError(f"{path}: a bundle of kind {bundle.manifest.kind!r} has no loader here; known: {known}")
     pipeline = loader.load(bundle, LoadOptions(target, threads, capacity, max_batch))
     if verify is True:
-        running, _ = choose_target(bundle, target)
+        running = next(one for one in targets_of(bundle, target) if one.name == pipeline.target)
         try:
             prove_target(bundle, running, pipeline.engine, quick=True)
         except ZondaError:
@@ -111,43 +112,69 @@ def load_pipeline(
 def choose_target(bundle: Bundle, forced: str | None) -> tuple[Target, dict[str, str]]:
     """The target to run, and why better ones were passed over.
 
-    An unproven target is passed over unless it is forced: a proven one beats an unproven faster one.
+    What `zonda bench` found the fastest here comes before those that it was compared with. An unproven target is
+    passed over unless it is forced: a proven one beats an unproven faster one.
+
+    Args:
+        bundle: opened.
+        forced: name of a target, or the kind of several; None leaves the choice.
 
     Raises:
         TargetUnavailableError: none is left.
     """
-    targets = bundle.manifest.targets
-    if forced == CUDA_PROVIDER:
-        targets = _universal(bundle)
-    order = [t for name in PREFERENCE for t in targets if t.name == name]
+    order = targets_of(bundle, forced)
     if forced is not None:
-        order = [target for target in targets if target.name == forced]
+        order.sort(key=lambda target: not is_proven(bundle, target))
     reasons: dict[str, str] = {}
-    for target in order:
+    pick = remembered_pick(bundle)
+    for target in order if pick is None else with_pick(order, pick):
         reason = obstacle(bundle, target, forced=forced is not None)
         if reason is None:
-            passed_over = "".join(f"; not {name}: {why}" for name, why in reasons.items())
-            _log.info("%s: running %s (%s)%s", bundle.path, target.name, target.dtype, passed_over)
+            why = ""
+            if pick is not None and target.name == pick.target:
+                slower = [t.name for t in order[: order.index(target)] if t.name in pick.request_s]
+                reasons |= dict.fromkeys(slower, f"`zonda bench` found {target.name} faster here")
+                why = ", the fastest here by `zonda bench`"
+            passed_over = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
+            _log.info("%s: running %s (%s%s)%s", bundle.path, target.name, target.dtype, why, passed_over)
             return target, reasons
-        reasons.setdefault(target.name, reason)
+        reasons[target.name] = reason
     if forced is not None and not order:
         reasons[forced] = "the bundle was not built for it; build again with --target"
     lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-    names = ", ".join(dict.fromkeys(target.name for target in targets))
+    names = ", ".join(target.name for target in bundle.manifest.targets)
     raise TargetUnavailableError(f"{bundle.path}: no target can run here; the bundle has {names or 'none'}{lines}")
+
+
+def targets_of(bundle: Bundle, wanted: str | None) -> list[Target]:
+    """The targets with the name or of the kind `wanted`, all if it is None; from best to most portable."""
+    targets = _universal(bundle) if wanted == CUDA_PROVIDER else bundle.manifest.targets
+    ranks = {kind: rank for rank, kind in enumerate(PREFERENCE)}
+    named = [target for target in targets if wanted in (None, target.name, target.kind)]
+    return sorted(named, key=lambda target: ranks.get(target.kind, len(ranks)))
+
+
+def with_pick(order: Sequence[Target], pick: PickRecord) -> list[Target]:
+    """`order` with the picked target in front of the first that it was compared with."""
+    picked = next((target for target in order if target.name == pick.target), None)
+    compared = [target for target in order if target.name in pick.request_s]
+    if picked is None or not compared:
+        return list(order)
+    before = order.index(compared[0])
+    return [*order[:before], picked, *(target for target in order[before:] if target is not picked)]
 
 
 def obstacle(bundle: Bundle, target: Target, *, forced: bool) -> str | None:
     """Why a target of a bundle cannot be loaded on this host, None if it can; forced: unproven ones may be."""
-    if target.name in MODULES:
+    if target.kind in MODULES:
         reason = plan_obstacle(target)
-    elif target.name not in ("onnxruntime", CUDA_PROVIDER):
+    elif target.kind not in ("onnxruntime", CUDA_PROVIDER):
         reason = "this version of zonda does not know it"
     elif importlib.util.find_spec("onnxruntime") is None:
         reason = "onnxruntime is not installed; pip install 'zonda[cpu]'"
     else:
         reason = None
-    if reason is None and target.parity.status == "pending" and not forced and not remembered(bundle, target):
+    if reason is None and target.parity.status == "pending" and not forced and not is_proven(bundle, target):
         reason = (
             f"it has not been proven ({target.parity.reason}); `zonda verify` proves it here, target={target.name!r} "
             "forces it"
@@ -180,15 +207,15 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
         raise BundleError(f"{bundle.path}: target {target.name} has {len(files)} graph files; this version runs one")
     (file,) = files
     spec = bundle.manifest.contract
-    if target.name in MODULES:
+    if target.kind in MODULES:
         from .engines.tensorrt import TensorRtEngine
 
         kernels = bundle.file(target.kernels).read_bytes() if target.kernels else None
-        trt = load_tensorrt(MODULES[target.name])
+        trt = load_tensorrt(MODULES[target.kind])
         return TensorRtEngine(trt, bundle.file(file), spec, limits, cubins=kernels, plugins=tuple(target.plugins))
     from .engines.onnxruntime import OnnxRuntimeEngine
 
-    provider: Literal["cpu", "cuda"] = "cuda" if target.name == CUDA_PROVIDER else "cpu"
+    provider: Literal["cpu", "cuda"] = "cuda" if target.kind == CUDA_PROVIDER else "cpu"
     return OnnxRuntimeEngine(bundle.file(file), spec, limits, threads=threads, provider=provider)
 
 
@@ -198,11 +225,12 @@ def _universal(bundle: Bundle) -> tuple[Target, ...]:
         msgspec.structs.replace(
             target,
             name=CUDA_PROVIDER,
+            kind=CUDA_PROVIDER,
             graphs=tuple(msgspec.structs.replace(graph, file=_UNIVERSAL) for graph in target.graphs),
             parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
         )
         for target in bundle.manifest.targets
-        if target.name == "onnxruntime" and _UNIVERSAL in bundle.manifest.files
+        if target.kind == "onnxruntime" and _UNIVERSAL in bundle.manifest.files
     )
 
 

@@ -153,12 +153,14 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the bundle. weights: files that are mapped, not hashed, on load. dtype: of the arithmetic.
+    """One way to run the bundle. name: what it is called, and no other target of the bundle. kind: what runs it
+    (`onnxruntime`, `tensorrt-rtx`, `tensorrt`), the name if empty: a bundle may hold several plans of one kind.
 
-    kv_dtype: of the states, the contract's if empty. compute_capabilities: of the GPUs that can run it. kernels: file
-    of the plugins' kernels, none if empty. plugins: operator -> nodes that became plugins. log: file of TensorRT's
-    messages. warnings: of its build, in words. weight_bytes: on the device, 0 if unknown. quality: of ONNX Runtime's
-    arithmetic, `exact`, `balanced` or `fast`.
+    weights: files that are mapped, not hashed, on load. dtype: of the arithmetic. kv_dtype: of the states, the
+    contract's if empty. quantization: class of weights -> what they are held in, where it is blocks in the bundle.
+    compute_capabilities: of the GPUs that can run it. kernels: file of the plugins' kernels, none if empty. plugins:
+    operator -> nodes that became plugins. log: file of TensorRT's messages. warnings: of its build, in words.
+    weight_bytes: on the device, 0 if unknown. quality: of ONNX Runtime's arithmetic, `exact`, `balanced` or `fast`.
     """
 
     name: str
@@ -167,7 +169,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     tool_versions: dict[str, str]
     parity: Parity
+    kind: str = ""
     kv_dtype: str = ""
+    quantization: dict[str, str] = {}
     compute_capabilities: tuple[int, ...] = ()
     kernels: str = ""
     plugins: dict[str, int] = {}
@@ -175,6 +179,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     weight_bytes: int = 0
     quality: str = "exact"
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            msgspec.structs.force_setattr(self, "kind", self.name)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,7 +222,8 @@ def decode(data: bytes) -> Manifest:
     """Parse manifest.json.
 
     Raises:
-        BundleError: not JSON, a field is missing or of the wrong type, or the schema is newer than this reader's.
+        BundleError: not JSON, a field is missing or of the wrong type, two targets have one name, or the schema is
+            newer than this reader's.
     """
     try:
         version = msgspec.json.decode(data, type=_Versioned)
@@ -223,6 +232,10 @@ def decode(data: bytes) -> Manifest:
                 f"manifest.json has schema {version.schema}, this version of zonda reads {SCHEMA}; "
                 f"use zonda {version.zonda_version} or newer, or build the bundle again"
             )
-        return msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest)
     except msgspec.MsgspecError as error:
         raise BundleError(f"manifest.json is not readable: {error}") from error
+    names = [target.name for target in manifest.targets]
+    if len(set(names)) != len(names):
+        raise BundleError(f"manifest.json gives two targets one name: {', '.join(names)}")
+    return manifest

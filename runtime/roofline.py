@@ -24,7 +24,7 @@ _ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 @dataclass(frozen=True, slots=True)
 class Datasheet:
     """capability: major * 10 + minor. bandwidth: bytes/s. half, single: FLOP/s, 16-bit tensor cores (dense, float32
-    accumulation) and float32 outside of them. From NVIDIA's datasheets and architecture whitepapers."""
+    accumulation) and float32 outside of them."""
 
     name: str
     capability: int
@@ -34,14 +34,16 @@ class Datasheet:
 
 
 GPUS = (
-    Datasheet("T4", 75, 320e9, 65e12, 8.1e12),
-    Datasheet("A10", 86, 600e9, 125e12, 31.2e12),
-    Datasheet("L4", 89, 300e9, 121e12, 30.3e12),
-    Datasheet("RTX 3090", 86, 936e9, 71e12, 35.6e12),
-    Datasheet("RTX 4090", 89, 1008e9, 165.2e12, 82.6e12),
-    Datasheet("RTX 5090", 120, 1792e9, 209.5e12, 104.8e12),
-    Datasheet("A100 80GB SXM", 80, 2039e9, 312e12, 19.5e12),
-    Datasheet("H100 SXM", 90, 3350e9, 989e12, 67e12),
+    Datasheet("T4", 75, 320e9, 65e12, 8.1e12),  # NVIDIA T4 Tensor Core GPU, datasheet
+    Datasheet("A10", 86, 600e9, 125e12, 31.2e12),  # NVIDIA A10 Tensor Core GPU, datasheet
+    Datasheet("L4", 89, 300e9, 121e12, 30.3e12),  # NVIDIA L4 Tensor Core GPU, datasheet: half of the 242 with sparsity
+    Datasheet("RTX 3090", 86, 936e9, 71e12, 35.6e12),  # NVIDIA Ampere GA102 GPU architecture, whitepaper, appendix A
+    Datasheet("RTX 4090", 89, 1008e9, 165.2e12, 82.6e12),  # NVIDIA Ada GPU architecture, whitepaper, appendix A
+    Datasheet("RTX 5090", 120, 1792e9, 209.5e12, 104.8e12),  # NVIDIA RTX Blackwell GPU architecture, whitepaper, app. A
+    Datasheet("A100 80GB SXM", 80, 2039e9, 312e12, 19.5e12),  # NVIDIA A100 Tensor Core GPU, datasheet, 80GB SXM
+    Datasheet(
+        "H100 SXM", 90, 3350e9, 989e12, 67e12
+    ),  # NVIDIA H100 Tensor Core GPU, datasheet: half of 1,979 with sparsity
 )
 
 
@@ -77,7 +79,7 @@ def work_of(bundle: Bundle, target: Target) -> Work:
     """The work of a target of a dense decoder.
 
     A plan's weights are what TensorRT says they take, else its size. An embedding table is not read but for one row,
-    unless it is the head as well.
+    unless it is the head as well; a plan that dequantised it has both.
 
     Raises:
         RequestError: the model has experts, so what a token reads depends on its routing.
@@ -86,12 +88,12 @@ def work_of(bundle: Bundle, target: Target) -> Work:
     if any("expert" in key and config[key] for key in config):
         raise RequestError("--roofline counts dense models; this one has experts, and a token reads only some of them")
     context = min(CONTEXT, manifest.limits.capacity)
-    plan = target.name in MODULES
+    plan = target.kind in MODULES
     weights = target.weight_bytes or sum(manifest.files[name] for name in target.weights)
     table = manifest.limits.vocab_size * int(config.get("hidden_size", 0))
     tied = bool(config.get("tie_word_embeddings", False))
     dense = manifest.parameters - (table if tied else 2 * table)
-    if not tied:
+    if not tied or "embedding" in target.quantization:
         weights -= table * _ITEM_SIZES.get(target.dtype if plan else manifest.quantization.get("embedding", ""), 0)
     states = manifest.contract.states
     elements = sum(math.prod(d for d in state.shape if isinstance(d, int)) for state in states)

@@ -89,9 +89,9 @@ def fuse_norms(graph: ir.Graph) -> None:
     The sum is an output of the fused node, so the residual stream is read and written once.
     """
     for node in list(graph):
-        if node.op_type != "RmsNorm" or node.domain != DOMAIN:
+        if node.op_type not in ("RmsNorm", "QRmsNorm") or node.domain != DOMAIN:
             continue
-        x, weight = node.inputs
+        x, weight = node.inputs[0], _gain(graph, node)
         eps = node.attributes["eps"].as_float()
         add = producer(x, "Add")
         if add is not None and _same_shape(*add.inputs) and _rank(add.inputs[0]) in (2, 3):
@@ -110,6 +110,18 @@ def fuse_norms(graph: ir.Graph) -> None:
             attributes = {"epsilon": eps, "axis": -1, "stash_type": 1}
             (normed,) = insert(graph, node, "SimplifiedLayerNormalization", [x, weight], attributes)
         replace(node.outputs[0], normed)
+
+
+def _gain(graph: ir.Graph, norm: ir.Node) -> ir.Value | None:
+    """The gain (H,) of an RmsNorm; that of a QRmsNorm is dequantised in the graph, some hundred numbers a step."""
+    if norm.op_type == "RmsNorm":
+        return norm.inputs[1]
+    x, codes, scales = norm.inputs
+    (gain,) = insert(graph, norm, "DequantizeLinear", [codes, scales], {"axis": 0})
+    if x is not None and scales is not None and x.dtype is not None and x.dtype != scales.dtype:
+        (gain,) = insert(graph, norm, "Cast", [gain], {"to": int(x.dtype)})
+    flat = constant(graph, "flat", ir.tensor([-1], dtype=ir.DataType.INT64))
+    return insert(graph, norm, "Reshape", [gain, flat])[0]
 
 
 def fuse_experts(graph: ir.Graph) -> None:

@@ -1,12 +1,13 @@
 """Lowering for TensorRT and TensorRT-RTX: a static cache, 16-bit arithmetic, plugins where they are asked for.
 
-Markers with a plugin stay one node each, residual add + RmsNorm become the plugin's `AddRmsNorm`; every other
-marker becomes its body's nodes. Norms and RoPE compute in float32 whichever way they run, and their gains and tables
-stay float32. The result holds no function: a body could silently take a plugin's place. Nothing here imports
-TensorRT.
+Markers with a plugin stay one node each, residual add + RmsNorm become the plugin's `AddRmsNorm`; quantised weights
+become what TensorRT dequantises itself (`tensorrt_weights.py`), and every other marker its body's nodes. Norms and
+RoPE compute in float32 whichever way they run, and their gains and tables stay float32. The result holds no function:
+a body could silently take a plugin's place. Nothing here imports TensorRT.
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..functions import DOMAIN, LOWERED_MARKERS, MARKERS, register_schemas
 from ..functions.marker import PLUGIN_ATTRIBUTES
 from .gather_early import gather_early
 from .rewrite import clean, insert, producer, replace
+from .tensorrt_weights import Weights, lower_weights
 
 Dtype = Literal["float16", "bfloat16"]
 
@@ -29,6 +31,14 @@ DTYPES: dict[str, ir.DataType] = {"float16": ir.DataType.FLOAT16, "bfloat16": ir
 
 _FLOAT32_INSIDE = ("RmsNorm", "QRmsNorm", "RoPE")
 """Markers whose plugin computes in float32 from 16-bit activations, and whose body is made to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """model: the graph. weights: what its quantised weights became."""
+
+    model: ir.Model
+    weights: Weights
 
 
 def parse_plugins(text: str) -> tuple[str, ...]:
@@ -46,7 +56,7 @@ def parse_plugins(text: str) -> tuple[str, ...]:
     return tuple(name for name in PLUGINS if name in names)
 
 
-def lower(universal: ir.Model, dtype: Dtype, rows: int, plugins: Collection[str] = tuple(PLUGINS)) -> ir.Model:
+def lower(universal: ir.Model, dtype: Dtype, rows: int, plugins: Collection[str] = tuple(PLUGINS)) -> Lowered:
     """Return the lowered copy of `universal`; weights without data stay without.
 
     Args:
@@ -61,6 +71,7 @@ def lower(universal: ir.Model, dtype: Dtype, rows: int, plugins: Collection[str]
     model = universal.clone()
     gather_early(model.graph)
     _narrow(model.graph, DTYPES[dtype], _float32_constants(model.graph))
+    weights = lower_weights(model.graph, DTYPES[dtype])
     _fix_capacity(model.graph, rows)
     if "AddRmsNorm" in plugins:
         _fuse_residuals(model.graph)
@@ -73,7 +84,7 @@ def lower(universal: ir.Model, dtype: Dtype, rows: int, plugins: Collection[str]
     _drop_absent(model.graph)
     _name(model.graph)
     _check_plugins(model.graph)
-    return model
+    return Lowered(model, weights)
 
 
 def _simplify(model: ir.Model) -> None:

@@ -80,7 +80,7 @@ class Checkpoint(Protocol):
         """
 
     def blocks(self, name: str) -> BlockQuantized | None:
-        """One tensor as it is stored, not dequantised; None if its `TensorInfo.form` is None.
+        """One matrix or vector as it is stored, not dequantised; None if its `TensorInfo.form` is None.
 
         Raises:
             CheckpointError: as of `load`; or one of its scales or minima is not a finite number.

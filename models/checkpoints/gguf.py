@@ -69,7 +69,7 @@ class GgufCheckpoint:
                 tensor.shape,
                 _FLOATS.get(tensor.type, torch.float32),
                 tensor.type.name,
-                form_of(tensor.type) if len(tensor.shape) == 2 else None,
+                form_of(tensor.type) if len(tensor.shape) <= 2 else None,
             )
             for name, tensor in self._stored.items()
         }
@@ -162,8 +162,8 @@ def _values(file: GgufFile, tensor: GgufTensor, order: Tensor | None) -> Tensor:
 
 
 def _blocks(file: GgufFile, tensor: GgufTensor, form: Form, order: Tensor | None) -> BlockQuantized:
-    """The tensor (N, K), not dequantised; `order` as of `_values`."""
-    rows, columns = tensor.shape
+    """The tensor (N, K) or (K,), not dequantised; `order` as of `_values`."""
+    rows, columns = (1, *tensor.shape)[-2:]
     codes = torch.empty(rows, columns * form.bits // 8, dtype=torch.uint8)
     scales = torch.empty(rows, columns // form.block_size)
     offsets = torch.empty_like(scales) if form.offsets else None
@@ -171,6 +171,8 @@ def _blocks(file: GgufFile, tensor: GgufTensor, form: Form, order: Tensor | None
         for whole, read in zip((codes, scales, offsets), read_rows(part, tensor.type), strict=True):
             if whole is not None and read is not None:
                 whole[where] = torch.from_numpy(read)
+    if len(tensor.shape) == 1:
+        codes, scales, offsets = codes[0], scales[0], None if offsets is None else offsets[0]
     return BlockQuantized(form.bits, form.block_size, codes, scales, offsets)
 
 

@@ -157,7 +157,7 @@ ROWS: tuple[Row, ...] = (
             "onnx-evaluator": _by_dtype(f32(1), f32(6), SQUARES_IN_16_BITS, bf16(16)),
             "onnxruntime-lowering": _by_dtype(f32(1), f32(6), f16(0.6), NO_BFLOAT16),
         },
-        lambda _: {"QRmsNorm"},
+        lambda _: {"SimplifiedLayerNormalization"},
         dict.fromkeys(("onnxruntime-body", "onnx-evaluator", "onnxruntime-lowering"), ROUNDED_BY_SCALES),
     ),
     # Two products of half an eps, and if the tables are rounded first as well, twice that; the sum's own rounding is the

@@ -9,16 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support import TWO_LAYERS, random_with_quantised_norm, randomise, with_quantised_norm
+from support import random_with_quantised_norm, with_quantised_norm
 
 from zonda import BuildError
 from zonda.export import tensorrt_build, tensorrt_worker
 from zonda.export.lower.tensorrt import lower, parse_plugins
 from zonda.export.tensorrt_build import build_plan, check_capabilities, make_profiles, write_onnx
 from zonda.export.universal import export_universal
-from zonda.models import layers
 from zonda.models.llama import Llama
-from zonda.models.quantization import Form
 from zonda.plugins_trt import PLUGINS, CubinLibrary
 from zonda.runtime.manifest import Limits
 
@@ -255,25 +253,3 @@ def test_importing_the_builder_imports_no_tensorrt():
 def test_every_plugin_has_a_name_for_the_command_line():
     assert parse_plugins("all") == tuple(PLUGINS)
     assert msgspec.json.encode(make_profiles(LIMITS))
-
-
-@needs_rtx
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("offsets", [False, True])
-def test_block_quantised_linears_are_refused_until_their_codes_are_repacked(tmp_path, kernel_cache, bits, offsets):
-    def quantised(rows: int) -> Llama:
-        made = Llama(TWO_LAYERS, rows)
-        made.model.layers[1].mlp.up_proj = layers.QLinear(64, 96, Form(bits, 32, offsets))
-        return made
-
-    with torch.device("meta"):
-        universal = export_universal(quantised(ROWS))
-    model = quantised(ROWS)
-    randomise(model)
-    linear = model.model.layers[1].mlp.up_proj
-    linear.codes.random_(0, 127, generator=torch.Generator().manual_seed(0))
-    linear.scales.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(1))
-    if offsets:
-        linear.offsets.uniform_(0.001, 0.02, generator=torch.Generator().manual_seed(2))
-    with pytest.raises(BuildError, match="UINT8 constant"):
-        build(write(tmp_path, universal, model, plugins="none"), kernel_cache, (80,))

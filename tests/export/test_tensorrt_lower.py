@@ -8,7 +8,8 @@ import torch
 
 from zonda import BuildError
 from zonda.export.functions import DOMAIN
-from zonda.export.lower.tensorrt import lower, parse_plugins
+from zonda.export.lower import tensorrt
+from zonda.export.lower.tensorrt import parse_plugins
 from zonda.export.lower.tensorrt_lint import lint
 from zonda.export.universal import export_universal
 from zonda.models import layers
@@ -28,6 +29,10 @@ CONFIG = LlamaConfig.read(
     }
 )
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
+
+
+def lower(*arguments) -> ir.Model:
+    return tensorrt.lower(*arguments).model
 
 
 def mixed(rows: int) -> Llama:

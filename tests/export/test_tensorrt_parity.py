@@ -2,10 +2,6 @@
 
 ONNX's reference evaluator runs the standard operators, Triton's interpreter the kernels of the plugin nodes. Nothing
 here says how TensorRT itself rounds; it says that the graph and the kernels are right.
-
-Tolerance, as a share of the largest |logit|: a logit of these two layers is the sum of some 60 roundings (weights,
-activations, states) of at most half a unit u each, independent: √60 · u of its standard deviation, which is a third
-of the largest logit; the worst of a few thousand lies 4.5 deviations out: 4.5 · √60 · u / 3 < 12 u.
 """
 
 import multiprocessing
@@ -19,16 +15,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from narrow_graphs import NUMPY, ROWS, TOLERANCE, UNITS, Graph, feed_and_compare
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from support import (
-    SCENARIOS,
-    TWO_LAYERS,
-    Eager,
-    random_with_quantised_norm,
-    run_scenario,
-    with_quantised_norm,
-)
+from support import SCENARIOS, random_with_quantised_norm, with_quantised_norm
 
 from zonda.export.lower.tensorrt import lower, parse_plugins
 from zonda.export.tensorrt_build import write_onnx
@@ -41,11 +31,6 @@ from zonda.runtime.engines.ort import onnxruntime as ort
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install -e '.[plugins]'"
 )
-
-ROWS = 40
-TOLERANCE = 12
-UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +83,6 @@ def plugin_operators(interpret) -> list[type[OpRun]]:
     return [operator(name) for name in PLUGINS]
 
 
-class Graph:
-    """An executor of steps over states that are passed by hand. run: inputs by name -> outputs in the graph's order."""
-
-    def __init__(self, run, model: Llama, rows: int, dtype) -> None:
-        self.run = run
-        self.states = {}
-        for layer, shape in enumerate(model.kv_shapes):
-            for kind, dim in (("key", shape.key_dim), ("value", shape.value_dim)):
-                name = contract.state_names(layer, kind)[0]
-                self.states[name] = np.zeros((rows, shape.num_key_value_heads, ROWS, dim), dtype)
-
-    def step(self, ids, offsets, lens, positions):
-        start = offsets[:, None].astype(np.int64) + np.arange(ids.shape[1])
-        feed = dict(zip(contract.INPUTS, (ids, offsets, start, lens, positions), strict=True))
-        logits, *presents = self.run(feed | self.states)
-        self.states = dict(zip(self.states, presents, strict=True))
-        assert logits.dtype == np.float32
-        return logits
-
-
 @pytest.fixture(scope="module", params=list(UNITS))
 def evaluator(request, universal, model, interpret, tmp_path_factory):
     """(dtype, run) of the graph with all plugins."""
@@ -126,16 +91,6 @@ def evaluator(request, universal, model, interpret, tmp_path_factory):
     path = write_onnx(folder, lower(universal, request.param, ROWS), tensors.__getitem__)
     reference = ReferenceEvaluator(onnx.load(path), new_ops=plugin_operators(interpret))
     return request.param, lambda feed: reference.run(None, feed)
-
-
-def feed_and_compare(executor, model, steps) -> float:
-    """The largest error of a logit, as a share of the largest logit."""
-    rows = len(steps[0])
-    tokens = np.random.default_rng(7).integers(0, TWO_LAYERS.vocab_size, (rows, 32))
-    wanted = run_scenario(Eager(model, rows, ROWS), tokens, steps)
-    found = run_scenario(executor(rows), tokens, steps)
-    largest = max(np.abs(row).max() for row in wanted if row.size)
-    return max(np.abs(a - b).max() for a, b in zip(found, wanted, strict=True) if a.size) / largest
 
 
 @pytest.mark.parametrize("steps", SCENARIOS.values(), ids=SCENARIOS)

@@ -3,91 +3,24 @@
 import json
 import logging
 import re
-import shutil
 import subprocess
 import sys
 
 import msgspec
 import pytest
-from gpu_doubles import FakeCuda, Result, fake_tensorrt, write_plan
+from cuda_double import FakeCuda, Result
+from gpu_hosts import rtx_target
 from rich.console import Console
 
 from zonda import BundleError, DeviceMemoryError, TargetUnavailableError
 from zonda.plugins_trt.cuda import CudaDriver
-from zonda.runtime import Pipeline, SamplingParams, gpu, loader, verification
+from zonda.runtime import Pipeline, SamplingParams, gpu, loader, records, verification
 from zonda.runtime.bundle import open_bundle
 from zonda.runtime.gpu import Gpu
 from zonda.runtime.inspection import inspection_page
-from zonda.runtime.manifest import Graph, Parity, Target
+from zonda.runtime.manifest import Parity, Target
 
-RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 89, 24 << 30)
-PLAN = "tensorrt-rtx/float16.plan"
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-
-@pytest.fixture
-def host(monkeypatch):
-    """`host(gpu, modules, version)` is what this host will look like."""
-
-    def be(found=RTX_4090, modules=("tensorrt_rtx", "tensorrt", "cuda"), version="1.7.1.116"):
-        monkeypatch.setattr(gpu, "is_installed", lambda module: module in modules)
-        monkeypatch.setattr(gpu, "installed_version", lambda _: version)
-        for room in (gpu, verification):
-            monkeypatch.setattr(room, "find_gpu", lambda: found)
-
-    be()
-    return be
-
-
-def rtx_target(**changes):
-    status = Parity(status="pending", reason="the build host has no GPU")
-    graphs = tuple(
-        Graph(role=role, file=PLAN, batch=(1, 4), sequence=sequence)
-        for role, sequence in (("prefill", (1, 16)), ("decode", (1, 1)))
-    )
-    values = {
-        "name": "tensorrt-rtx",
-        "graphs": graphs,
-        "weights": (PLAN,),
-        "dtype": "float32",
-        "tool_versions": {"tensorrt-rtx": "1.7.1.116"},
-        "parity": status,
-        "compute_capabilities": (80, 86, 89, 120),
-    }
-    return Target(**(values | changes))
-
-
-@pytest.fixture
-def with_plan(tiny_bundle, tmp_path):
-    """`with_plan(**changes)` is a sealed bundle whose first target is a plan for the doubles."""
-    from zonda.export.bundle import list_files, seal
-
-    def make(**changes):
-        path = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-        manifest = open_bundle(path).manifest
-        (path / PLAN).parent.mkdir()
-        onnx = path / "onnx/universal.onnx"
-        write_plan(path / PLAN, manifest.contract, manifest.limits, onnx=onnx)
-        for name in ("manifest.json", "SHA256SUMS"):
-            (path / name).unlink()
-        targets = (rtx_target(**changes), *manifest.targets)
-        seal(path, msgspec.structs.replace(manifest, targets=targets, files=list_files(path)))
-        return path
-
-    return make
-
-
-@pytest.fixture
-def doubles(monkeypatch):
-    cuda = FakeCuda()
-    monkeypatch.setattr(loader, "load_tensorrt", lambda _: fake_tensorrt(cuda))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", cuda)
-    yield cuda
-    assert cuda.live() == 0
+pytestmark = pytest.mark.usefixtures("state")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +91,7 @@ def test_a_plan_runs_by_itself_once_it_has_been_proven_here(with_plan, host, dou
     bundle = open_bundle(with_plan())
     target = bundle.manifest.targets[0]
     engine = loader.open_engine(bundle, target, bundle.manifest.limits)
-    verification.remember(bundle, target, verification.prove_target(bundle, target, engine))
+    records.remember(bundle, target, verification.prove_target(bundle, target, engine))
     engine.close()
     assert loader.choose_target(bundle, None) == (target, {})
     page = Console(record=True, width=200)

@@ -59,6 +59,19 @@ def test_a_plan_is_counted_in_its_own_type(bundle):
     assert roofline.work_of(bundle, plan).kv_bytes * 2 == roofline.work_of(bundle, other).kv_bytes
 
 
+def test_a_table_that_a_plan_dequantised_is_not_read(bundle, monkeypatch):
+    config = bundle.read_json("config.json") | {"tie_word_embeddings": True}
+    monkeypatch.setattr(Bundle, "read_json", lambda *_: config)
+    values = {"name": "p", "kind": "tensorrt-rtx", "graphs": (), "weights": (), "dtype": "float16", "tool_versions": {}}
+    plan = Target(**values, parity=Parity(status="pending"), weight_bytes=1_000_000)
+    both = Target(
+        **values, parity=plan.parity, weight_bytes=1_000_000, quantization={"embedding": "float16, dequantised"}
+    )
+    table = bundle.manifest.limits.vocab_size * HIDDEN * 2
+    assert roofline.work_of(bundle, plan).weight_bytes == 1_000_000
+    assert roofline.work_of(bundle, both).weight_bytes == 1_000_000 - table
+
+
 def test_a_long_prompt_is_bound_by_compute_and_a_short_one_by_the_weights():
     work = roofline.Work(1024, 1_000_000_000, 0, 2e12)
     assert work.prefill_seconds(A100, "float16") == pytest.approx(2e12 / 312e12)

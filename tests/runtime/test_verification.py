@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from zonda import BundleError, ParityError, TargetUnavailableError
-from zonda.runtime import Pipeline, verification
+from zonda.runtime import Pipeline, records, verification
 from zonda.runtime.bundle import open_bundle
 from zonda.runtime.loader import choose_target, open_engine
 
@@ -101,10 +101,10 @@ def test_a_pending_target_is_used_once_it_has_been_proven_here(tiny_bundle, stat
     with pytest.raises(TargetUnavailableError, match=r"no memory.*zonda verify"):
         choose_target(unproven, None)
     engine = open_engine(unproven, target, unproven.manifest.limits)
-    record = verification.remember(unproven, target, verification.prove_target(unproven, target, engine))
+    record = records.remember(unproven, target, verification.prove_target(unproven, target, engine))
     assert record.is_relative_to(state)
     assert choose_target(unproven, None)[0].name == "onnxruntime"
-    monkeypatch.setattr(verification, "_host", lambda: "another host")
+    monkeypatch.setattr(records, "_host", lambda: "another host")
     with pytest.raises(TargetUnavailableError):
         choose_target(unproven, None)
 

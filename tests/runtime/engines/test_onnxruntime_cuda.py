@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gpu_doubles import FakeCuda
+from cuda_double import FakeCuda
 from support import SCENARIOS, Lowered, run_scenario
 
 from zonda import EngineError, TargetUnavailableError

@@ -3,77 +3,18 @@
 import gc
 import threading
 
-import msgspec
 import numpy as np
 import pytest
-from gpu_doubles import PROFILES, FakeCuda, Result, array_at, fake_tensorrt, write_plan
+from cuda_double import Result, array_at
+from engine_steps import decode, prefill
 from support import SCENARIOS, Lowered, run_scenario
+from tensorrt_double import PROFILES, fake_tensorrt, write_plan
 
-from zonda import BundleError, CapacityError, DeviceMemoryError, EngineError
-from zonda.plugins_trt.cubins import Cubin, CubinLibrary, Usage, Variant
-from zonda.runtime.bundle import open_bundle
-from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from zonda import CapacityError, EngineError
 from zonda.runtime.engines.tensorrt import TensorRtEngine
 from zonda.runtime.golden import GOLDEN, Golden
 from zonda.runtime.metrics import THRESHOLDS
 from zonda.runtime.parity import prove
-
-
-@pytest.fixture
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
-@pytest.fixture
-def cuda():
-    return FakeCuda()
-
-
-@pytest.fixture
-def trt(cuda):
-    return fake_tensorrt(cuda)
-
-
-@pytest.fixture
-def open_plan(bundle, cuda, trt, tmp_path):
-    """`open_plan(**plan)` is an engine on a plan that ONNX Runtime executes; what it holds must be gone in the end."""
-    engines = []
-
-    def make(*, engine_options=None, limits=None, **plan):
-        manifest = bundle.manifest
-        plan.setdefault("onnx", bundle.path / "onnx/universal.onnx")
-        path = write_plan(tmp_path / "tiny.plan", manifest.contract, manifest.limits, **plan)
-        options = {"cuda": cuda} | (engine_options or {})
-        engine = TensorRtEngine(trt, path, manifest.contract, limits or manifest.limits, **options)
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.close()
-    assert cuda.live() == 0
-
-
-@pytest.fixture
-def reference(bundle):
-    manifest = bundle.manifest
-    engine = OnnxRuntimeEngine(bundle.path / "onnx/onnxruntime.onnx", manifest.contract, manifest.limits, threads=1)
-    yield engine
-    engine.close()
-
-
-def decode(engine, cache, tokens, offset, first_row=0):
-    """One token a row."""
-    batch = len(tokens)
-    ids, offsets = np.array(tokens, np.int64)[:, None], np.full(batch, offset, np.int32)
-    ones, zeros = np.ones(batch, np.int32), np.zeros((batch, 1), np.int64)
-    return engine.step(cache, first_row, ids, offsets, ones, zeros).copy()
-
-
-def prefill(engine, cache, tokens, row=0, offset=0):
-    ids, length = np.array([tokens], np.int64), len(tokens)
-    last = np.array([[length - 1]])
-    return engine.step(cache, row, ids, np.array([offset], np.int32), np.array([length], np.int32), last).copy()
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -363,136 +304,6 @@ class TestCache:
             np.testing.assert_array_equal(copied, original)
 
 
-class TestErrors:
-    def test_a_plan_that_is_none_is_refused_with_tensorrts_words(self, bundle, cuda, trt, tmp_path):
-        (tmp_path / "x.plan").write_bytes(b"not a plan")
-        with pytest.raises(EngineError, match=r"x\.plan: TensorRT cannot read the plan on this host: Serialization"):
-            TensorRtEngine(trt, tmp_path / "x.plan", bundle.manifest.contract, bundle.manifest.limits, cuda=cuda)
-        assert cuda.live() == 0
-
-    def test_activations_that_do_not_fit_are_told_in_numbers(self, open_plan, cuda):
-        with pytest.raises(
-            DeviceMemoryError, match=r"activations of one step needs 4,000.0 MB of GPU memory"
-        ) as caught:
-            open_plan(activations=2_000_000_000)
-        assert (caught.value.needed, caught.value.total) == (4_000_000_000, 1 << 30)
-        assert cuda.live() == 0
-
-    def test_a_cache_that_does_not_fit_is_told_in_numbers(self, open_plan, cuda):
-        engine = open_plan()
-        cuda.total = cuda.total - cuda.cuMemGetInfo()[1] + 100_000
-        with pytest.raises(
-            DeviceMemoryError, match=r"a KV cache of 4 rows needs 0.3 MB .* 0.1 of .* smaller max_batch"
-        ):
-            engine.allocate(4)
-        engine.allocate(1)
-
-    def test_weights_that_do_not_fit(self, open_plan, trt, cuda):
-        trt.refuse.add("deserialize_cuda_engine")
-        with pytest.raises(DeviceMemoryError, match=r"tiny.plan needs .* GPU memory"):
-            open_plan()
-        assert cuda.live() == 0
-
-    def test_a_context_that_does_not_fit(self, open_plan, trt):
-        engine = open_plan()
-        trt.refuse.add("create_execution_context")
-        with pytest.raises(DeviceMemoryError, match="an execution context needs more GPU memory"):
-            decode(engine, engine.allocate(1), [1], 0)
-
-    @pytest.mark.parametrize(
-        ("call", "words"),
-        [
-            ("set_optimization_profile_async", "does not take profile 0"),
-            ("set_input_shape", r"does not take input input_ids of shape \(1, 1\)"),
-            ("set_tensor_address", "does not take address"),
-            ("execute_async_v3", r"refused a step of input_ids \(1, 1\).*Error Code 1: Cuda Runtime"),
-        ],
-    )
-    def test_what_tensorrt_refuses_is_named_and_the_engine_goes_on(self, open_plan, trt, call, words):
-        engine = open_plan()
-        cache = engine.allocate(1)
-        trt.refuse.add(call)
-        with pytest.raises(EngineError, match=words):
-            decode(engine, cache, [1], 0)
-        trt.refuse.clear()
-        if call == "execute_async_v3":
-            decode(engine, cache, [1], 0)
-
-    def test_a_fault_of_the_gpu_is_an_engine_error_and_close_still_works(self, open_plan, cuda):
-        engine = open_plan()
-        cache = engine.allocate(1)
-        cuda.fail["cuStreamSynchronize"] = Result.CUDA_ERROR_ILLEGAL_ADDRESS
-        with pytest.raises(EngineError, match="cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
-            decode(engine, cache, [1], 0)
-        engine.close()
-        assert cuda.live() == 0
-
-    def test_a_closed_engine_and_its_caches_refuse(self, open_plan):
-        engine = open_plan()
-        cache = engine.allocate(1)
-        engine.close()
-        engine.close()
-        for use in (lambda: decode(engine, cache, [1], 0), lambda: engine.allocate(1), lambda: cache.read(0, 1)):
-            with pytest.raises(EngineError, match="the engine is closed"):
-                use()
-
-    def test_a_cache_of_another_engine_is_refused(self, open_plan, reference):
-        engine = open_plan()
-        with pytest.raises(EngineError, match="belongs to another engine"):
-            decode(engine, reference.allocate(1), [1], 0)
-
-    def test_the_contract_is_checked_before_anything_is_touched(self, open_plan, cuda):
-        engine = open_plan()
-        cache = engine.allocate(1)
-        before = len(cuda.calls)
-        with pytest.raises(CapacityError, match="the capacity is 128"):
-            decode(engine, cache, [1], 128)
-        with pytest.raises(CapacityError, match="17 new tokens"):
-            prefill(engine, cache, [1] * 17)
-        assert len(cuda.calls) == before
-
-    def test_a_plan_of_another_contract_is_refused(self, open_plan, bundle, cuda, trt, tmp_path):
-        spec = bundle.manifest.contract
-        fewer = msgspec.structs.replace(spec, states=spec.states[:-1])
-        path = write_plan(tmp_path / "p.plan", fewer, bundle.manifest.limits)
-        with pytest.raises(EngineError, match=r"missing \['past_key_values.1.value', 'present.1.value'\]"):
-            TensorRtEngine(trt, path, spec, bundle.manifest.limits, cuda=cuda)
-        path = write_plan(tmp_path / "p.plan", spec, bundle.manifest.limits)
-        with pytest.raises(EngineError, match=r"unknown \['past_key_values.1.value', 'present.1.value'\]"):
-            TensorRtEngine(trt, path, fewer, bundle.manifest.limits, cuda=cuda)
-        path.write_text(path.read_text().replace('"logits": ["OUTPUT", "FLOAT"', '"logits": ["OUTPUT", "HALF"'))
-        with pytest.raises(EngineError, match="logits is float16"):
-            TensorRtEngine(trt, path, spec, bundle.manifest.limits, cuda=cuda)
-        assert cuda.live() == 0
-
-    def test_a_plan_with_too_small_a_cache_is_refused(self, open_plan, bundle):
-        wider = msgspec.structs.replace(bundle.manifest.limits, capacity=140)
-        with pytest.raises(BundleError, match="has 144 positions, 140 tokens and a chunk of 16 need 156"):
-            open_plan(limits=wider)
-
-    def test_rows_that_tensorrt_cannot_address_are_refused(self, bundle, cuda, trt, tmp_path):
-        odd = msgspec.structs.replace(bundle.manifest.limits, capacity=127)
-        path = write_plan(tmp_path / "p.plan", bundle.manifest.contract, odd, dtype="HALF")
-        text = path.read_text().replace("143, 16]", "143, 1]")
-        path.write_text(text)
-        with pytest.raises(EngineError, match="is no multiple of 256"):
-            TensorRtEngine(trt, path, bundle.manifest.contract, odd, cuda=cuda)
-        assert cuda.live() == 0
-
-    def test_an_input_that_tensorrt_dropped_is_not_bound(self, open_plan, reference, trt):
-        engine = open_plan(unused=["input_lens"], unused_value=3)
-        found = prefill(engine, engine.allocate(1), [1, 2, 3])
-        wanted = prefill(reference, reference.allocate(1), [1, 2, 3])
-        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-        assert "input_lens" not in trt.contexts[0].addresses
-
-    def test_a_host_without_a_gpu(self, bundle, trt, cuda, tmp_path):
-        cuda.fail["cuInit"] = Result.CUDA_ERROR_NO_DEVICE
-        path = write_plan(tmp_path / "p.plan", bundle.manifest.contract, bundle.manifest.limits)
-        with pytest.raises(EngineError, match="cuInit failed: CUDA_ERROR_NO_DEVICE"):
-            TensorRtEngine(trt, path, bundle.manifest.contract, bundle.manifest.limits, cuda=cuda)
-
-
 def test_a_closed_engine_holds_nothing(open_plan, cuda):
     engine = open_plan()
     cache = engine.allocate(2)
@@ -501,60 +312,6 @@ def test_a_closed_engine_holds_nothing(open_plan, cuda):
     assert cuda.live() > 5
     engine.close()
     assert cuda.live() == 0
-
-
-class TestPlugins:
-    NODES = (("RmsNorm", {"eps": 1e-5}),)
-
-    @pytest.fixture
-    def kernels(self):
-        variant = Variant("rms_norm", ("fp32",) * 3, (("hidden", 64),))
-        parameters = (("x", "*fp32"), ("weight", "*fp32"), ("y", "*fp32"), ("eps", "fp32"), ("rows", "i32"))
-        cubin = Cubin(variant, 89, "kernel", b"image", parameters, (("ROWS", 4),), 8, 4096, Usage(30, 0, 0))
-        return CubinLibrary((89,), (cubin,)).to_bytes()
-
-    def test_they_are_registered_before_the_plan_is_read_and_gone_afterwards(self, open_plan, trt, kernels):
-        engine = open_plan(plugins=self.NODES, engine_options={"cubins": kernels, "plugins": ("RmsNorm",)})
-        decode(engine, engine.allocate(1), [1], 0)
-        creators = trt.get_plugin_registry().creators
-        assert [name for name, _, _ in creators] == ["RmsNorm"]
-        engine.close()
-        assert not creators
-
-    def test_a_plan_without_its_kernels_is_refused_with_the_plugins_name(self, open_plan):
-        with pytest.raises(EngineError, match="Cannot find plugin: RmsNorm"):
-            open_plan(plugins=self.NODES)
-
-    def test_kernels_are_unloaded_with_the_engine(self, open_plan, trt, cuda, kernels):
-        engine = open_plan(plugins=self.NODES, engine_options={"cubins": kernels, "plugins": ("RmsNorm",)})
-        creator = trt.get_plugin_registry().get_creator("RmsNorm", "1", "zonda")
-        trt.during_execution.append(lambda _: creator.around.launcher().prepare("rms_norm"))
-        decode(engine, engine.allocate(1), [1], 0)
-        assert list(cuda.modules.values()) == [b"image"]
-        engine.close()
-        assert not cuda.modules
-
-    def test_a_plugin_that_fails_in_a_step_is_an_error_with_its_node(self, open_plan, trt, kernels):
-        engine = open_plan(plugins=self.NODES, engine_options={"cubins": kernels, "plugins": ("RmsNorm",)})
-        failures = trt.get_plugin_registry().get_creator("RmsNorm", "1", "zonda").around.failures
-
-        def fail(context):
-            failures.entries.append(("layers_0_norm", "enqueue", EngineError("no kernel")))
-            return False
-
-        trt.during_execution.append(fail)
-        with pytest.raises(EngineError, match="node layers_0_norm: no kernel"):
-            decode(engine, engine.allocate(1), [1], 0)
-
-    def test_attributes_of_another_build_are_an_error_with_the_node(self, open_plan, kernels):
-        options = {"cubins": kernels, "plugins": ("RmsNorm",)}
-        with pytest.raises(EngineError, match="node of RmsNorm: RmsNorm has no attribute 'epsilon'"):
-            open_plan(plugins=[("RmsNorm", {"epsilon": 1e-5})], engine_options=options)
-
-    def test_damaged_kernels_are_refused(self, open_plan, cuda):
-        with pytest.raises(BundleError, match="kernel library is damaged"):
-            open_plan(plugins=self.NODES, engine_options={"cubins": b"xx", "plugins": ("RmsNorm",)})
-        assert cuda.live() == 0
 
 
 def test_an_engine_may_be_closed_by_another_thread_than_the_one_that_opened_it(open_plan, cuda):
