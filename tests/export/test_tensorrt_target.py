@@ -221,7 +221,8 @@ def test_smollm2_becomes_one_plan_for_four_architectures(smollm2_gguf, tmp_path,
     assert sorted(target.plugins) == sorted(PLUGINS.keys() & target.plugins.keys())
     assert target.compute_capabilities == (80, 86, 89, 120)
     assert [graph.role for graph in target.graphs] == ["prefill", "decode"]
-    assert 250e6 < bundle.manifest.files[target.weights[0]] < 350e6
+    size = bundle.manifest.files[target.weights[0]]
+    assert target.weight_bytes <= size < target.weight_bytes + 50e6, "a plan is its weights and little more"
     prefill, decode = target.graphs
     print(
         f"\n{plugins}: weights {target.weight_bytes}, activations {prefill.activation_bytes}, {decode.activation_bytes}"
