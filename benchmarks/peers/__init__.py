@@ -1,6 +1,8 @@
 """The runtimes that can take part, one file each; the first is the one the others are compared with."""
 
 from ..peer import Peer
-from . import genai, transformers, zonda
+from . import ctranslate2, genai, llama_cpp, transformers, zonda
 
-PEERS: dict[str, Peer] = {module.PEER.name: module.PEER for module in (zonda, genai, transformers)}
+PEERS: dict[str, Peer] = {
+    module.PEER.name: module.PEER for module in (zonda, llama_cpp, ctranslate2, genai, transformers)
+}
