@@ -17,6 +17,7 @@ from .olmo2 import OLMO2
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
+from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 from .smollm3 import SMOLLM3
@@ -39,6 +40,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     GRANITE,
     SMOLLM3,
     MIXTRAL,
+    QWEN2_MOE,
     QWEN3_MOE,
     GPT_OSS,
 )

@@ -200,6 +200,14 @@ CONFIGS: dict[str, dict[str, dict]] = {
             "head_dim": 12,
         },
     },
+    "qwen2_moe": {
+        "a shared expert": QWEN_EXPERTS | {"shared_expert_intermediate_size": 48},
+        "weights normalised, a dense layer, no biases": QWEN_EXPERTS
+        | {"norm_topk_prob": True, "decoder_sparse_step": 2, "qkv_bias": False, "shared_expert_intermediate_size": 24},
+        "dense by name, every other layer slides": QWEN_EXPERTS
+        | {"mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+        | {"shared_expert_intermediate_size": 48},
+    },
     "qwen3_moe": {
         "weights as they are": QWEN_EXPERTS,
         "weights normalised, a dense layer": QWEN_EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 2},
@@ -347,6 +355,7 @@ def test_an_older_config_reads_the_same_and_the_tolerance_sees_a_wrong_constant(
 REFUSED = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be an integer of at most 8"),
     ("mixtral", {"hidden_act": "gelu"}, "hidden_act must be one of silu"),
+    ("qwen2_moe", {"num_experts_per_tok": 7, "num_experts": 6}, "num_experts_per_tok must be an integer of at most 6"),
     ("qwen3_moe", {"mlp_only_layers": [-1]}, r"mlp_only_layers\[0\] must be an integer of at least 0"),
     ("gpt_oss", {"rope_scaling": None}, "'rope_scaling' is missing"),
     ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),

@@ -1,0 +1,109 @@
+"""Qwen 2 MoE and Qwen 1.5 MoE: Qwen 2 with a mixture of experts, and one shared expert that sees every token."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import Architecture, Stack
+from .config import ConfigReader, DecoderConfig, read_decoder, read_windows
+from .decoder import Attention, Block, Decoder, GatedMlp, SparseMoe
+from .layers import Experts, Linear, RmsNorm, RotaryEmbedding
+from .rope import RopeConfig, read_rope
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen2MoeConfig(DecoderConfig):
+    """windows: each layer's attention window, 0 for the whole past. sparse: which layers have experts."""
+
+    rms_norm_eps: float
+    qkv_bias: bool
+    windows: tuple[int, ...]
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    sparse: tuple[bool, ...]
+    rope: RopeConfig
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Qwen2MoeConfig":
+        """Read config.json as a mapping; raises `ConfigError` on what Qwen 2 MoE does not compute."""
+        read = ConfigReader(values)
+        read.choice("hidden_act", ("silu",), "silu")
+        decoder = read_decoder(read)
+        layers, experts = decoder["num_hidden_layers"], read.integer("num_experts", 60)
+        step, dense = read.integer("decoder_sparse_step", 1), read.integers("mlp_only_layers", None, ())
+        window = read.integer_or_off("sliding_window", 4096) if read.boolean("use_sliding_window", False) else 0
+        last = read.integer("max_window_layers", 28, minimum=0) if window else 0
+        return cls(
+            **decoder,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            qkv_bias=read.boolean("qkv_bias", True),
+            windows=read_windows(read, window, [layer < last and layer % 2 == 0 for layer in range(layers)]),
+            moe_intermediate_size=read.integer("moe_intermediate_size", 1408),
+            shared_expert_intermediate_size=read.integer("shared_expert_intermediate_size", 5632),
+            num_experts=experts,
+            num_experts_per_tok=read.integer("num_experts_per_tok", 4, maximum=experts),
+            norm_topk_prob=read.boolean("norm_topk_prob", False),
+            sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
+            rope=read_rope(read, decoder["head_dim"]),
+        )
+
+
+class SharedExpertMoe(SparseMoe):
+    """`SparseMoe`, and an MLP for every token, weighted by a gate of its own."""
+
+    def __init__(self, hidden_size: int, experts: Experts, shared_expert: GatedMlp) -> None:
+        super().__init__(hidden_size, experts)
+        self.shared_expert = shared_expert
+        self.shared_expert_gate = Linear(hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, H) -> (B, S, H)."""
+        return super().forward(x) + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+class Qwen2Moe(Decoder):
+    """The causal language model."""
+
+    def __init__(self, cfg: Qwen2MoeConfig, max_positions: int) -> None:
+        rotary_emb = RotaryEmbedding(cfg.rope.tables(max_positions), cfg.num_attention_heads, cfg.num_key_value_heads)
+
+        def mlp(sparse: bool) -> nn.Module:
+            if not sparse:
+                return GatedMlp(cfg.hidden_size, cfg.intermediate_size, "silu")
+            sizes = (cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
+            experts = Experts(*sizes, top_k=cfg.num_experts_per_tok, normalize=cfg.norm_topk_prob)
+            shared_expert = GatedMlp(cfg.hidden_size, cfg.shared_expert_intermediate_size, "silu")
+            return SharedExpertMoe(cfg.hidden_size, experts, shared_expert)
+
+        layers = [
+            Block(
+                input_layernorm=RmsNorm(cfg.hidden_size, cfg.rms_norm_eps),
+                self_attn=Attention(cfg, rotary_emb, qkv_bias=cfg.qkv_bias, window=window),
+                post_attention_layernorm=RmsNorm(cfg.hidden_size, cfg.rms_norm_eps),
+                mlp=mlp(sparse),
+            )
+            for window, sparse in zip(cfg.windows, cfg.sparse, strict=True)
+        ]
+        super().__init__(cfg, layers, RmsNorm(cfg.hidden_size, cfg.rms_norm_eps))
+
+
+_EXPERTS = "model.layers.{layer}.mlp.experts"
+
+QWEN2_MOE = Architecture(
+    names=("Qwen2MoeForCausalLM",),
+    read_config=Qwen2MoeConfig.read,
+    build=Qwen2Moe,
+    stacks=(
+        Stack(
+            f"{_EXPERTS}.gate_up_proj",
+            (f"{_EXPERTS}.{{expert}}.gate_proj.weight", f"{_EXPERTS}.{{expert}}.up_proj.weight"),
+        ),
+        Stack(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.{{expert}}.down_proj.weight",)),
+    ),
+)
