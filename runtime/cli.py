@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from .. import RequestError, TargetUnavailableError, ZondaError, __version__
-from .generation import Chunk, Completion
 from .sampling import SamplingParams
+from .sequence import Chunk, Completion
 
 _GROUP = "zonda.commands"
 

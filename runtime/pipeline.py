@@ -17,8 +17,9 @@ from .. import ChatTemplateError, RequestError
 from .bundle import Bundle
 from .chat_template import ChatTemplate
 from .engines import Engine, KvCache
-from .generation import Chunk, Completion, GenerationSequence, Generator
+from .generation import Generator
 from .sampling import SamplingParams
+from .sequence import Chunk, Completion, GenerationSequence
 
 if TYPE_CHECKING:
     from .session import Session

@@ -1,11 +1,15 @@
-"""Choosing the next token of one sequence from its logits, as `SamplingParams` says.
+"""Choosing the next token of each sequence from its logits, as `SamplingParams` says.
 
-Works on a view of the engine's logits and never changes it. Knows nothing of text or engines.
+A step is a search and a choice. The search finds the likeliest token, or with top_k the tokens that can be among the k
+likeliest; it only compares, so rows that lie together are searched together, with the result of one by one. The choice
+is each sequence's own, with its own random numbers. Works on views of the engine's logits and never changes them; knows
+nothing of text or engines.
 """
 
+import itertools
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +20,15 @@ from .sampling import SamplingParams
 Logits = NDArray[np.float32]
 
 _BLOCK = 256  # weights that are summed before the sums are accumulated: a running sum over all of them is 20× slower
+_FEW = 2048  # candidates up to which sorting them is the shortest way through all filters
+_GROUP = 64  # logits that share a maximum in the search for the k largest
+_UNIFORMS = 64  # random numbers that are drawn at once: a single one costs nearly as much
+_ROUNDING = 2.0**-21  # more than subtracting and dividing in float32 can change a distance, relatively …
+_TINY = 1e-39  # … and absolutely, for temperatures up to the highest
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """logprob: natural logarithm of the model's probability. rank: 1 is the likeliest; of ties the lower id is."""
 
     token_id: int
@@ -27,8 +36,7 @@ class TokenLogprob:
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token; logprob and rank if they were asked for, and the likeliest tokens of that step, best first."""
 
     token_id: int
@@ -81,7 +89,14 @@ class Sampler:
         if self._edits or params.temperature:
             self._scratch = np.empty(vocab_size, np.float32)
         if params.temperature:
-            self._random = np.random.default_rng(None if params.seed is None else [params.seed, index])
+            self._uniforms = _uniforms(np.random.default_rng(None if params.seed is None else [params.seed, index]))
+        self._top_k = params.top_k if params.temperature else 0
+        self._min_p_distance = -math.log(params.min_p) if params.min_p else math.inf
+
+    @property
+    def search(self) -> int | None:
+        """What to search for in the model's logits: k with top_k, else 0; None if they must be edited first."""
+        return None if self._edits else self._top_k
 
     def sample(self, logits: Logits) -> SampledToken:
         """Choose a token and remember it.
@@ -93,12 +108,25 @@ class Sampler:
             EngineError: the logits hold NaN or +inf, or are all -inf.
             RequestError: logit_bias, penalties or logits_processors leave nothing to choose from.
         """
-        params = self._params
         edited = self._edit(logits) if self._edits else logits
+        if self._top_k:
+            ((highest, candidates),) = _likeliest(edited[None], self._top_k)
+            return self._choose(logits, edited, highest, candidates)
         best = int(edited.argmax())  # the first NaN if there is one
-        if not math.isfinite(edited[best]):
-            raise _nothing_to_choose(logits, float(edited[best]))
-        token = best if params.temperature == 0 else self._draw(edited, float(edited[best]))
+        return self._choose(logits, edited, edited.item(best), best)
+
+    def choose(self, logits: Logits, highest: float, found: "Found") -> SampledToken:
+        """The second half of `sample`, for a row whose `search` is not None and was done: see `sample_rows`."""
+        return self._choose(logits, logits, highest, found)
+
+    def _choose(self, logits: Logits, edited: Logits, highest: float, found: "Found") -> SampledToken:
+        params = self._params
+        if not math.isfinite(highest):
+            raise _nothing_to_choose(logits, highest)
+        if isinstance(found, int):
+            token = self._draw(edited, highest, None) if params.temperature else found
+        else:
+            token = self._draw(edited, highest, found)
         self._output.append(token)
         if self._penalises:
             self._seen[token] = self._generated[token] = True
@@ -129,22 +157,79 @@ class Sampler:
                 np.copyto(edited, changed)
         return edited
 
-    def _draw(self, logits: Logits, highest: float) -> int:
-        """Temperature, min_p, top_k and top_p, and a token from what they keep."""
+    def _draw(self, logits: Logits, highest: float, candidates: NDArray[np.int64] | None) -> int:
+        """Temperature, min_p, top_k and top_p, and a token from what they keep; it is one of the candidates if given."""
         params, scaled = self._params, self._scratch
+        if candidates is None and params.min_p > 0:
+            far = self._min_p_distance * params.temperature
+            candidates = np.flatnonzero(logits >= _slightly_below(highest - far, far))
+        if candidates is not None and len(candidates) <= _FEW:
+            return self._draw_sorted(logits, highest, candidates)
         with np.errstate(over="ignore"):  # what is far below the likeliest token may well become -inf
             np.subtract(logits, highest, out=scaled)
             scaled /= params.temperature
         kept: NDArray[np.int64] | None = None  # None is every token
         if params.min_p > 0:
-            kept = np.flatnonzero(scaled >= math.log(params.min_p))
+            kept = np.flatnonzero(scaled >= -self._min_p_distance)
         if 0 < params.top_k < (len(scaled) if kept is None else len(kept)):
             values = scaled if kept is None else scaled[kept]
             inside = _largest(values, params.top_k)
             kept = inside if kept is None else kept[inside]
         weights = np.exp(scaled, out=scaled) if kept is None else np.exp(scaled[kept])
-        choice = _draw_weighted(weights, params.top_p, self._random)
+        choice = _draw_weighted(weights, params.top_p, self._uniforms)
         return choice if kept is None else int(kept[choice])
+
+    def _draw_sorted(self, logits: Logits, highest: float, candidates: NDArray[np.int64]) -> int:
+        """`_draw` among a few: in order of their distance from the likeliest, every filter keeps a first part."""
+        params = self._params
+        with np.errstate(over="ignore"):
+            distances = highest - logits[candidates]
+            distances /= params.temperature
+        order = distances.argsort(kind="stable")
+        distances = distances[order]
+        kept = len(distances)
+        if params.min_p > 0:
+            kept = int(distances.searchsorted(np.float32(self._min_p_distance), side="right"))
+        if 0 < params.top_k < kept:
+            kept = int(distances[:kept].searchsorted(distances[params.top_k - 1], side="right"))
+        sums = np.cumsum(np.exp(-distances[:kept]), dtype=np.float64)
+        last = sums.item(-1)
+        if params.top_p < 1:
+            last = sums.item(int(sums.searchsorted(params.top_p * last)))
+        drawn = sums.searchsorted(min(next(self._uniforms) * last, math.nextafter(last, 0.0)), side="right")
+        return candidates.item(order.item(drawn))
+
+
+Found = int | NDArray[np.int64] | None
+"""What a search found: the likeliest token; with top_k ascending ids that hold all that it can keep; None is any id."""
+
+
+def sample_rows(samplers: Sequence[Sampler], logits: Logits) -> list[SampledToken]:
+    """`Sampler.sample` of each row, exactly; neighbouring rows with the same search share it.
+
+    Args:
+        samplers: one a row.
+        logits: (B, V) float32; not changed.
+
+    Raises:
+        EngineError, RequestError: as of `Sampler.sample`, for the first row that has nothing to choose from.
+    """
+    if len(samplers) == 1:
+        return [samplers[0].sample(logits[0])]
+    sampled: list[SampledToken] = []
+    for k, run in itertools.groupby(range(len(samplers)), lambda row: samplers[row].search):
+        rows = list(run)
+        if k is None or len(rows) == 1:
+            sampled += [samplers[row].sample(logits[row]) for row in rows]
+            continue
+        together = logits[rows[0] : rows[-1] + 1]
+        found: Iterable[tuple[float, Found]]
+        if k:
+            found = _likeliest(together, k)
+        else:
+            found = ((logits.item(row, best), best) for row, best in zip(rows, together.argmax(1).tolist(), strict=True))
+        sampled += [samplers[row].choose(logits[row], *one) for row, one in zip(rows, found, strict=True)]
+    return sampled
 
 
 def logprobs_of(logits: Logits, token_id: int, top: int) -> SampledToken:
@@ -187,24 +272,61 @@ def _nothing_to_choose(logits: Logits, found: float) -> EngineError | RequestErr
     )
 
 
+def _likeliest(logits: Logits, k: int) -> list[tuple[float, NDArray[np.int64] | None]]:
+    """Of each row (V,) of logits (B, V): the largest, and ascending ids among which are all that top_k = k can keep.
+
+    The k-th largest of the maxima of groups is no larger than the k-th largest of all: each maximum stands for one.
+    So whatever is not below it is a candidate, hardly more than k of them. Temperature may make equals of two that are
+    not, hence the slack. None is every id: k is too large for groups.
+    """
+    batch, vocab = logits.shape
+    size = min(_GROUP, math.isqrt(vocab), vocab // (4 * k))
+    if size < 2:
+        return [(float(row.max()), None) for row in logits]
+    count = vocab // size
+    maxima = logits[:, : size * count].reshape(batch, size, count).max(axis=1)
+    if rest := vocab - size * count:  # fewer than size, and so than count: they join the first groups
+        np.maximum(maxima[:, :rest], logits[:, size * count :], out=maxima[:, :rest])
+    largest = np.partition(maxima, count - k, axis=1)[:, count - k :]
+    highest = largest.max(axis=1).tolist()
+    bounds = [_slightly_below(low, high - low) for low, high in zip(largest[:, 0].tolist(), highest, strict=True)]
+    if batch == 1:
+        return [(highest[0], np.flatnonzero(logits[0] >= bounds[0]))]
+    inside = np.flatnonzero(logits >= np.array(bounds, np.float32)[:, None])
+    parts = np.split(inside, inside.searchsorted(np.arange(1, batch) * vocab))
+    return [(high, part - row * vocab) for row, (high, part) in enumerate(zip(highest, parts, strict=True))]
+
+
+def _slightly_below(value: float, distance: float) -> float:
+    """A bound for logits below all that float32 could take for `value`, which lies `distance` below the largest."""
+    return max(value - distance * _ROUNDING - _TINY, -_FLOAT32_MAX)
+
+
 def _largest(values: Logits, k: int) -> NDArray[np.int64]:
     """Indices of the k largest values, and of all that equal the k-th, ascending."""
     return np.flatnonzero(values >= np.partition(values, -k)[-k])
 
 
-def _draw_weighted(weights: Logits, top_p: float, random: np.random.Generator) -> int:
+def _uniforms(random: np.random.Generator) -> Iterator[float]:
+    """Endless random numbers in [0, 1)."""
+    while True:
+        yield from random.random(_UNIFORMS).tolist()
+
+
+def _draw_weighted(weights: Logits, top_p: float, uniforms: Iterator[float]) -> int:
     """An index, drawn by weight from the nucleus: the fewest heaviest whose share reaches top_p.
 
     No sort: a draw from all weights is a draw from the nucleus if it lies inside, that is if what is heavier (of equal
     ones, what comes before) has a share below top_p. If it lies outside, so does all that is not heavier, and
     the next draw is among the heavier ones only. The expected number of draws is at most 1 + log(1 / top_p).
     """
-    if top_p == 1:
-        return _draw_index(weights, random.random())
-    share = top_p * float(weights.sum(dtype=np.float64))
+    sums = _block_sums(weights)
+    share = top_p * sums.item(-1)
     among: NDArray[np.int64] | None = None  # indices into weights; None is all
     while True:
-        drawn = _draw_index(weights, random.random())
+        drawn = _draw_index(weights, sums, next(uniforms))
+        if top_p == 1:
+            return drawn
         own = weights[drawn]
         heavier = weights > own
         heavier[:drawn] |= weights[:drawn] == own
@@ -212,19 +334,25 @@ def _draw_weighted(weights: Logits, top_p: float, random: np.random.Generator) -
         above = weights[inside]
         if not len(inside) or float(above.sum(dtype=np.float64)) < share:
             return drawn if among is None else int(among[drawn])
-        among, weights = inside if among is None else among[inside], above
+        among, weights, sums = inside if among is None else among[inside], above, _block_sums(above)
 
 
-def _draw_index(weights: Logits, uniform: float) -> int:
+def _block_sums(weights: Logits) -> NDArray[np.float64]:
+    """The running sum of the weights at the end of each block."""
+    sums: NDArray[np.float64] = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
+    return sums
+
+
+def _draw_index(weights: Logits, sums: NDArray[np.float64], uniform: float) -> int:
     """The index at which the running sum of the weights passes `uniform`, in [0, 1), of their total.
 
     Never one of weight 0: sums by block and one by one round differently, so targets are kept below the last sum.
     """
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
-    target = min(uniform * float(sums[-1]), math.nextafter(float(sums[-1]), 0.0))
-    block = int(np.searchsorted(sums, target, side="right"))
+    total = sums.item(-1)
+    target = min(uniform * total, math.nextafter(total, 0.0))
+    block = int(sums.searchsorted(target, side="right"))
     start = block * _BLOCK
     inner = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
     if block:
-        target -= float(sums[block - 1])
-    return start + int(np.searchsorted(inner, min(target, math.nextafter(float(inner[-1]), 0.0)), side="right"))
+        target -= sums.item(block - 1)
+    return start + int(inner.searchsorted(min(target, math.nextafter(inner.item(-1), 0.0)), side="right"))

@@ -79,8 +79,11 @@ class Engine(Protocol):
 
 def check_step(
     limits: Limits, rows: int, first_row: int, input_ids: Int64, offsets: Int32, lens: Int32, positions: Int64
-) -> None:
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Raise unless the arguments of `Engine.step` obey the contract; engines call it before they touch anything.
+
+    Returns:
+        input_ids, offsets, lens and positions as flat lists: of a few numbers they are the cheapest form.
 
     Raises:
         CapacityError: a row would grow beyond capacity, or S is greater than max_chunk.
@@ -111,3 +114,4 @@ def check_step(
         raise EngineError(f"logit_positions must lie in [0, {length})")
     if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise EngineError(f"input_ids must lie in [0, {limits.vocab_size})")
+    return tokens, cached, new, wanted
