@@ -31,22 +31,21 @@ class TimedSession:
     """Stands before a session; `host_s` are the times between its runs, `run_s` those of the runs."""
 
     def __init__(self, session: Any) -> None:
-        self._session = session
+        self.session = session
         self._left = time.perf_counter()
         self.host_s: list[float] = []
         self.run_s: list[float] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+        return getattr(self.session, name)
 
     def run_with_iobinding(self, binding: Any) -> None:
-        """Run, and note when it began and ended."""
+        """Run, and note when it began and ended; as little as can be after it, where it would count as the host's."""
+        self.host_s.append(time.perf_counter() - self._left)
         entered = time.perf_counter()
-        self._session.run_with_iobinding(binding)
-        left = time.perf_counter()
-        self.host_s.append(entered - self._left)
-        self.run_s.append(left - entered)
-        self._left = left
+        self.session.run_with_iobinding(binding)
+        self._left = time.perf_counter()
+        self.run_s.append(self._left - entered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def measure_host_time(bundle: Path, threads: int | None, tokens: int, rounds: in
                 params = SamplingParams(max_tokens=tokens, ignore_eos=True, **options)
                 timed = engine._session = TimedSession(engine._session)
                 pipeline.generate([PROMPT] * rows, params)
-                engine._session = timed._session
+                engine._session = timed.session
                 if turn:  # the first warms up
                     # A row's prefill is a run, and the time between prefills or to the first step is none of a step.
                     host[name] += timed.host_s[rows + 1 :]

@@ -1,21 +1,24 @@
 """The command `zonda`: generate, chat, inspect and verify on a bundle, and whatever other packages' rooms add.
 
-Commands that need more than the runtime are entry points of the group `zonda.commands`; they are imported only when
-they are called, so `zonda generate` never pays for torch.
+Commands that need more than the runtime are entry points of the group `zonda.commands`; they are looked for and imported
+only when they are called, so `zonda generate` never pays for torch, nor for what only prints tables.
 """
 
 import sys
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from .. import RequestError, TargetUnavailableError, ZondaError, __version__
 from .sampling import SamplingParams
 from .sequence import Chunk, Completion
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
+    from rich.console import Console
 
 _GROUP = "zonda.commands"
 
@@ -25,21 +28,26 @@ class _Commands(typer.core.TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names only; nothing is imported."""
-        return sorted({*super().list_commands(ctx), *(point.name for point in metadata.entry_points(group=_GROUP))})
+        return sorted({*super().list_commands(ctx), *_entry_points().names})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """One command; an entry point's function is imported here."""
         command = super().get_command(ctx, cmd_name)
-        points = tuple(metadata.entry_points(group=_GROUP, name=cmd_name))
-        if command is not None or not points:
+        if command is not None or cmd_name not in (points := _entry_points()).names:
             return command
         try:
-            function = points[0].load()
+            function = points[cmd_name].load()
         except ImportError as error:
             raise ZondaError(f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'") from error
         extra = typer.Typer(add_completion=False)
         extra.command(name=cmd_name)(function)
         return typer.main.get_command(extra)
+
+
+def _entry_points() -> "EntryPoints":
+    from importlib import metadata
+
+    return metadata.entry_points(group=_GROUP)
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -54,6 +62,9 @@ Penalty = Annotated[float | None, typer.Option(help="Repetition penalty; 1 is no
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; one a physical core if not given.")]
+Speculate = Annotated[
+    str | None, typer.Option(metavar="ngram", help="Draft tokens from what was said before: same text, in less time.")
+]
 TargetOption = Annotated[str | None, typer.Option(help="Force a target of the bundle.")]
 
 
@@ -86,6 +97,7 @@ def generate(
     stop: Stop = None,
     threads: Threads = None,
     target: TargetOption = None,
+    speculate: Speculate = None,
     timings: Annotated[bool, typer.Option("--timings", help="Print tokens per second on standard error.")] = False,
 ) -> None:
     """Continue a prompt, streaming to the terminal."""
@@ -93,7 +105,7 @@ def generate(
 
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     assert text is not None
-    with Pipeline.load(bundle, threads=threads, target=target) as pipeline:
+    with Pipeline.load(bundle, threads=threads, target=target, speculate=speculate) as pipeline:
         params = _params(
             pipeline.default_params,
             max_tokens=max_tokens,
@@ -126,11 +138,12 @@ def chat(
     seed: Seed = None,
     threads: Threads = None,
     target: TargetOption = None,
+    speculate: Speculate = None,
 ) -> None:
     """Talk to the model, one line a turn; Ctrl-C stops an answer, Ctrl-D or an empty line ends the conversation."""
     from .pipeline import Pipeline
 
-    with Pipeline.load(bundle, threads=threads, target=target) as pipeline:
+    with Pipeline.load(bundle, threads=threads, target=target, speculate=speculate) as pipeline:
         params = _params(
             pipeline.default_params,
             max_tokens=max_tokens,
@@ -173,7 +186,7 @@ def inspect(
     if json_output:
         sys.stdout.write(encode(opened.manifest).decode())
     else:
-        Console().print(roofline_page(opened) if roofline else inspection_page(opened))
+        _console().print(roofline_page(opened) if roofline else inspection_page(opened))
 
 
 @app.command()
@@ -188,7 +201,7 @@ def verify(
     from .loader import obstacle, open_engine
     from .verification import in_words, prove_target, remember
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     opened = open_bundle(bundle, full=True)
     count, size = len(opened.manifest.files) + 1, sum(opened.manifest.files.values())
     console.print(f"{count} files, {size / 1e6:,.1f} MB: all as the build wrote them")
@@ -216,12 +229,18 @@ def main() -> None:
     try:
         app()
     except ZondaError as error:
-        Console(stderr=True).print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        _console(stderr=True).print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+
+
+def _console(**options: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(**options)
 
 
 def _params(default: SamplingParams, **options: Any) -> SamplingParams:
@@ -257,8 +276,10 @@ def _lines() -> Iterator[str]:
 
 def _print_timings(result: Completion) -> None:
     t = result.timings
-    Console(stderr=True).print(
+    drafts = f", {t.accepted_tokens} of {t.drafted_tokens} drafted tokens accepted" if t.drafted_tokens else ""
+    _console(stderr=True).print(
         f"prefill {t.prompt_tokens} tokens at {t.prefill_tokens_per_s:.0f}/s, "
-        f"decode {t.generated_tokens} tokens at {t.decode_tokens_per_s:.0f}/s",
+        f"decode {t.generated_tokens} tokens at {t.decode_tokens_per_s:.0f}/s{drafts}",
         highlight=False,
+        soft_wrap=True,
     )

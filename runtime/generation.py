@@ -189,12 +189,9 @@ class Generator:
             logits = self._engine.step(cache, 0, step.input_ids, step.offsets, step.lens, step.positions)
             if self.speculates:
                 self._costs.record(*shape, time.perf_counter() - started)
-            if length == 1:
-                return self._take(active, sample_rows([one.sampler for one in active], logits[:, 0]))
-            return [c for row, one in enumerate(active) for c in self._verify(one, drafts[row], logits[row])]
-
-    def _take(self, active: Sequence[GenerationSequence], sampled: Sequence[SampledToken]) -> list[Chunk]:
-        """One token for each sequence; the one it was sampled after is now in the cache."""
+            if length > 1:
+                return [c for row, one in enumerate(active) for c in self._verify(one, drafts[row], logits[row])]
+            sampled = step.sample(active, logits)
         chunks = []
         for sequence, token in zip(active, sampled, strict=True):
             sequence.cached += 1
@@ -298,6 +295,8 @@ class _StepInputs:
         self.lens = np.ones(rows, np.int32)
         self.positions = np.zeros((rows, length), np.int64)
         self._places = np.arange(length)
+        self._logits: NDArray[np.float32] | None = None
+        self._rows: list[NDArray[np.float32]] = []
 
     def lay_out(self, row: int, draft: Sequence[int]) -> None:
         """Put a draft behind a row's first token; positions beyond it ask for its last token's logits again."""
@@ -305,3 +304,11 @@ class _StepInputs:
         self.input_ids[row, 1 : 1 + count] = draft
         self.lens[row] = 1 + count
         np.minimum(self._places, count, out=self.positions[row])
+
+    def sample(self, active: Sequence[GenerationSequence], logits: NDArray[np.float32]) -> list[SampledToken]:
+        """A token for each row from logits (B, 1, V), which an engine returns in one buffer step after step."""
+        if logits is not self._logits:
+            self._logits, self._rows = logits, list(logits[:, 0])
+        if len(active) == 1:
+            return [active[0].sampler.sample(self._rows[0])]
+        return sample_rows([sequence.sampler for sequence in active], logits[:, 0])

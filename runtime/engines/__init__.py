@@ -89,6 +89,12 @@ def check_step(
         CapacityError: a row would grow beyond capacity, or S is greater than max_chunk.
         EngineError: any other breach.
     """
+    if input_ids.shape == positions.shape == (1, 1) and offsets.shape == lens.shape == (1,):
+        # Decoding one row is the step that comes most often; whatever is not in order here is named below.
+        token, offset = input_ids.item(), offsets.item()
+        ordinary = lens.item() == 1 and positions.item() == 0 and 0 <= first_row < rows
+        if ordinary and 0 <= token < limits.vocab_size and 0 <= offset < limits.capacity:
+            return [token], [offset], [1], [0]
     if input_ids.ndim != 2 or positions.ndim != 2:
         raise EngineError("input_ids must be (B, S) and logit_positions (B, K)")
     batch, length = input_ids.shape

@@ -77,7 +77,10 @@ class _StepBuffers:
         self.input_lens = self.inputs[contract.INPUT_LENS]
         self.logit_positions = self.inputs[contract.LOGIT_POSITIONS]
         self._steps = np.arange(length)
-        self._numbers = {role: memoryview(view.reshape(-1)) for role, view in self.inputs.items()}
+        # In the order of contract.INPUTS.
+        self._ids, self._offsets, self._starts, self._lens, self._positions = (
+            memoryview(view.reshape(-1)) for view in self.inputs.values()
+        )
         self.logits: Float32 = logits[: batch * num_logits].reshape(batch, num_logits, -1)
         self.values = {role: _share(view) for role, view in self.inputs.items()}
         self.logits_value = _share(self.logits)
@@ -92,18 +95,15 @@ class _StepBuffers:
 
     def write_few(self, tokens: list[int], offsets: list[int], lens: list[int], positions: list[int]) -> None:
         """`write`, of flat lists, without numpy: between two steps its code is no longer in the processor's caches."""
-        length = len(self._steps)
-        ids, starts = self._numbers[contract.INPUT_IDS], self._numbers[contract.START_OFFSETS_KERNEL]
+        length = len(tokens) // len(offsets)
         for i, token in enumerate(tokens):
-            ids[i] = token
-            starts[i] = offsets[i // length] + i % length
-        cached, new = self._numbers[contract.SEQLEN_OFFSETS], self._numbers[contract.INPUT_LENS]
+            self._ids[i] = token
+            self._starts[i] = offsets[i // length] + i % length
         for row, offset in enumerate(offsets):
-            cached[row] = offset
-            new[row] = lens[row]
-        wanted = self._numbers[contract.LOGIT_POSITIONS]
+            self._offsets[row] = offset
+            self._lens[row] = lens[row]
         for i, position in enumerate(positions):
-            wanted[i] = position
+            self._positions[i] = position
 
 
 class _Binding:
