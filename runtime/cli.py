@@ -61,7 +61,9 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than t
 Penalty = Annotated[float | None, typer.Option(help="Repetition penalty; 1 is none.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
-Threads = Annotated[int | None, typer.Option(help="Compute threads; one a physical core if not given.")]
+Threads = Annotated[
+    int | None, typer.Option(envvar="ZONDA_THREADS", help="Compute threads; one a physical core if not given.")
+]
 Speculate = Annotated[
     str | None, typer.Option(metavar="ngram", help="Draft tokens from what was said before: same text, in less time.")
 ]

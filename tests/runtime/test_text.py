@@ -259,3 +259,17 @@ def test_without_stop_strings_text_passes():
     cutter = StopStrings([])
     assert cutter.push("anything") == ("anything", None)
     assert cutter.flush() == ""
+
+
+def test_a_known_token_is_not_decoded_again():
+    texts = TokenTexts(byte_level())
+    ids = byte_level().encode("a✈b").ids
+    assert [texts.of(i) for i in ids] == ["a", None, None, None, "b"]
+    texts.tokenizer = None  # whatever would be decoded now, fails
+    detokenizer = Detokenizer(texts)
+    assert [detokenizer.push(i) for i in (ids[0], ids[-1], ids[0])] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("tokenizer", [byte_fallback, metaspace])
+def test_texts_that_depend_on_neighbours_are_not_kept(tokenizer):
+    assert TokenTexts(tokenizer()).of(2) is None
