@@ -74,9 +74,9 @@ def measure_host_time(bundle: Path, threads: int | None, tokens: int, rounds: in
                 pipeline.generate([PROMPT] * rows, params)
                 engine._session = timed.session
                 if turn:  # the first warms up
-                    # A row's prefill is a run, and the time between prefills or to the first step is none of a step.
-                    host[name] += timed.host_s[rows + 1 :]
-                    runs[name] += timed.run_s[rows:]
+                    # The last runs are the steps; the time before the first of them belongs to prefill.
+                    host[name] += timed.host_s[2 - tokens :]
+                    runs[name] += timed.run_s[1 - tokens :]
     return [
         HostTime(name, len(seen), median(seen), quantiles(seen, n=10)[0], median(runs[name]))
         for name, seen in host.items()
