@@ -1,7 +1,7 @@
 """The command `zonda`: generate, chat, inspect and verify on a bundle, and whatever other packages' rooms add.
 
-Commands that need more than the runtime are entry points of the group `zonda.commands`; they are looked for and imported
-only when they are called, so `zonda generate` never pays for torch, nor for what only prints tables.
+Commands that need more than the runtime are entry points of the group `zonda.commands`; they are looked for and
+imported only when they are called, so `zonda generate` never pays for torch, nor for what only prints tables.
 """
 
 import sys

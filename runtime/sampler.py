@@ -8,24 +8,17 @@ nothing of text or engines.
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import EngineError, RequestError
+from .drawing import Logits, draw_weighted, largest, likeliest, slightly_below, uniforms
 from .sampling import SamplingParams
 
-Logits = NDArray[np.float32]
-
-_BLOCK = 256  # weights that are summed before the sums are accumulated: a running sum over all of them is 20× slower
 _FEW = 2048  # candidates up to which sorting them is the shortest way through all filters
-_GROUP = 64  # logits that share a maximum in the search for the k largest
-_UNIFORMS = 64  # random numbers that are drawn at once: a single one costs nearly as much
-_ROUNDING = 2.0**-21  # more than subtracting and dividing in float32 can change a distance, relatively …
-_TINY = 1e-39  # … and absolutely, for temperatures up to the highest
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class TokenLogprob(NamedTuple):
@@ -89,7 +82,7 @@ class Sampler:
         if self._edits or params.temperature:
             self._scratch = np.empty(vocab_size, np.float32)
         if params.temperature:
-            self._uniforms = _uniforms(np.random.default_rng(None if params.seed is None else [params.seed, index]))
+            self._uniforms = uniforms(np.random.default_rng(None if params.seed is None else [params.seed, index]))
         self._top_k = params.top_k if params.temperature else 0
         self._min_p_distance = -math.log(params.min_p) if params.min_p else math.inf
 
@@ -110,23 +103,30 @@ class Sampler:
         """
         edited = self._edit(logits) if self._edits else logits
         if self._top_k:
-            ((highest, candidates),) = _likeliest(edited[None], self._top_k)
-            return self._choose(logits, edited, highest, candidates)
+            ((highest, candidates),) = likeliest(edited[None], self._top_k)
+            return self.choose(logits, edited, highest, candidates)
         best = int(edited.argmax())  # the first NaN if there is one
-        return self._choose(logits, edited, edited.item(best), best)
+        return self.choose(logits, edited, edited.item(best), best)
 
-    def choose(self, logits: Logits, highest: float, found: "Found") -> SampledToken:
-        """The second half of `sample`, for a row whose `search` is not None and was done: see `sample_rows`."""
-        return self._choose(logits, logits, highest, found)
+    def choose(self, logits: Logits, edited: Logits, highest: float, found: "Found") -> SampledToken:
+        """The second half of `sample`: choose after a search, and remember the choice.
 
-    def _choose(self, logits: Logits, edited: Logits, highest: float, found: "Found") -> SampledToken:
+        Args:
+            logits: (V,) the model's.
+            edited: (V,) what was searched; the same if `search` is not None.
+            highest: the largest of them.
+            found: what the search found.
+
+        Raises:
+            EngineError, RequestError: as of `sample`.
+        """
         params = self._params
         if not math.isfinite(highest):
             raise _nothing_to_choose(logits, highest)
-        if isinstance(found, int):
-            token = self._draw(edited, highest, None) if params.temperature else found
-        else:
+        if not isinstance(found, int):
             token = self._draw(edited, highest, found)
+        else:
+            token = self._draw(edited, highest, None) if params.temperature else found
         self._output.append(token)
         if self._penalises:
             self._seen[token] = self._generated[token] = True
@@ -158,11 +158,11 @@ class Sampler:
         return edited
 
     def _draw(self, logits: Logits, highest: float, candidates: NDArray[np.int64] | None) -> int:
-        """Temperature, min_p, top_k and top_p, and a token from what they keep; it is one of the candidates if given."""
+        """Temperature, min_p, top_k and top_p, and a token from what they keep, which the candidates hold if given."""
         params, scaled = self._params, self._scratch
         if candidates is None and params.min_p > 0:
             far = self._min_p_distance * params.temperature
-            candidates = np.flatnonzero(logits >= _slightly_below(highest - far, far))
+            candidates = np.flatnonzero(logits >= slightly_below(highest - far, far))
         if candidates is not None and len(candidates) <= _FEW:
             return self._draw_sorted(logits, highest, candidates)
         with np.errstate(over="ignore"):  # what is far below the likeliest token may well become -inf
@@ -173,10 +173,10 @@ class Sampler:
             kept = np.flatnonzero(scaled >= -self._min_p_distance)
         if 0 < params.top_k < (len(scaled) if kept is None else len(kept)):
             values = scaled if kept is None else scaled[kept]
-            inside = _largest(values, params.top_k)
+            inside = largest(values, params.top_k)
             kept = inside if kept is None else kept[inside]
         weights = np.exp(scaled, out=scaled) if kept is None else np.exp(scaled[kept])
-        choice = _draw_weighted(weights, params.top_p, self._uniforms)
+        choice = draw_weighted(weights, params.top_p, self._uniforms)
         return choice if kept is None else int(kept[choice])
 
     def _draw_sorted(self, logits: Logits, highest: float, candidates: NDArray[np.int64]) -> int:
@@ -223,12 +223,13 @@ def sample_rows(samplers: Sequence[Sampler], logits: Logits) -> list[SampledToke
             sampled += [samplers[row].sample(logits[row]) for row in rows]
             continue
         together = logits[rows[0] : rows[-1] + 1]
-        found: Iterable[tuple[float, Found]]
+        found: Sequence[tuple[float, Found]]
         if k:
-            found = _likeliest(together, k)
+            found = likeliest(together, k)
         else:
-            found = ((logits.item(row, best), best) for row, best in zip(rows, together.argmax(1).tolist(), strict=True))
-        sampled += [samplers[row].choose(logits[row], *one) for row, one in zip(rows, found, strict=True)]
+            found = [(together.item(i, best), best) for i, best in enumerate(together.argmax(1).tolist())]
+        for row, (highest, one) in zip(rows, found, strict=True):
+            sampled.append(samplers[row].choose(logits[row], logits[row], highest, one))
     return sampled
 
 
@@ -251,7 +252,7 @@ def logprobs_of(logits: Logits, token_id: int, top: int) -> SampledToken:
     best: tuple[TokenLogprob, ...] = ()
     top = min(top, len(logits))
     if top:
-        ids = _largest(logits, top)
+        ids = largest(logits, top)
         ids = ids[np.argsort(-logits[ids], kind="stable")][:top]
         best = tuple(TokenLogprob(int(i), float(logits[i]) - normaliser, rank) for rank, i in enumerate(ids, 1))
     own = logits[token_id]
@@ -270,89 +271,3 @@ def _nothing_to_choose(logits: Logits, found: float) -> EngineError | RequestErr
         f"the largest logit is {raw}, so nothing can be chosen: the engine computed no usable logits; "
         "`zonda verify` tells whether it still matches its reference"
     )
-
-
-def _likeliest(logits: Logits, k: int) -> list[tuple[float, NDArray[np.int64] | None]]:
-    """Of each row (V,) of logits (B, V): the largest, and ascending ids among which are all that top_k = k can keep.
-
-    The k-th largest of the maxima of groups is no larger than the k-th largest of all: each maximum stands for one.
-    So whatever is not below it is a candidate, hardly more than k of them. Temperature may make equals of two that are
-    not, hence the slack. None is every id: k is too large for groups.
-    """
-    batch, vocab = logits.shape
-    size = min(_GROUP, math.isqrt(vocab), vocab // (4 * k))
-    if size < 2:
-        return [(float(row.max()), None) for row in logits]
-    count = vocab // size
-    maxima = logits[:, : size * count].reshape(batch, size, count).max(axis=1)
-    if rest := vocab - size * count:  # fewer than size, and so than count: they join the first groups
-        np.maximum(maxima[:, :rest], logits[:, size * count :], out=maxima[:, :rest])
-    largest = np.partition(maxima, count - k, axis=1)[:, count - k :]
-    highest = largest.max(axis=1).tolist()
-    bounds = [_slightly_below(low, high - low) for low, high in zip(largest[:, 0].tolist(), highest, strict=True)]
-    if batch == 1:
-        return [(highest[0], np.flatnonzero(logits[0] >= bounds[0]))]
-    inside = np.flatnonzero(logits >= np.array(bounds, np.float32)[:, None])
-    parts = np.split(inside, inside.searchsorted(np.arange(1, batch) * vocab))
-    return [(high, part - row * vocab) for row, (high, part) in enumerate(zip(highest, parts, strict=True))]
-
-
-def _slightly_below(value: float, distance: float) -> float:
-    """A bound for logits below all that float32 could take for `value`, which lies `distance` below the largest."""
-    return max(value - distance * _ROUNDING - _TINY, -_FLOAT32_MAX)
-
-
-def _largest(values: Logits, k: int) -> NDArray[np.int64]:
-    """Indices of the k largest values, and of all that equal the k-th, ascending."""
-    return np.flatnonzero(values >= np.partition(values, -k)[-k])
-
-
-def _uniforms(random: np.random.Generator) -> Iterator[float]:
-    """Endless random numbers in [0, 1)."""
-    while True:
-        yield from random.random(_UNIFORMS).tolist()
-
-
-def _draw_weighted(weights: Logits, top_p: float, uniforms: Iterator[float]) -> int:
-    """An index, drawn by weight from the nucleus: the fewest heaviest whose share reaches top_p.
-
-    No sort: a draw from all weights is a draw from the nucleus if it lies inside, that is if what is heavier (of equal
-    ones, what comes before) has a share below top_p. If it lies outside, so does all that is not heavier, and
-    the next draw is among the heavier ones only. The expected number of draws is at most 1 + log(1 / top_p).
-    """
-    sums = _block_sums(weights)
-    share = top_p * sums.item(-1)
-    among: NDArray[np.int64] | None = None  # indices into weights; None is all
-    while True:
-        drawn = _draw_index(weights, sums, next(uniforms))
-        if top_p == 1:
-            return drawn
-        own = weights[drawn]
-        heavier = weights > own
-        heavier[:drawn] |= weights[:drawn] == own
-        inside = np.flatnonzero(heavier)
-        above = weights[inside]
-        if not len(inside) or float(above.sum(dtype=np.float64)) < share:
-            return drawn if among is None else int(among[drawn])
-        among, weights, sums = inside if among is None else among[inside], above, _block_sums(above)
-
-
-def _block_sums(weights: Logits) -> NDArray[np.float64]:
-    """The running sum of the weights at the end of each block."""
-    sums: NDArray[np.float64] = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
-    return sums
-
-
-def _draw_index(weights: Logits, sums: NDArray[np.float64], uniform: float) -> int:
-    """The index at which the running sum of the weights passes `uniform`, in [0, 1), of their total.
-
-    Never one of weight 0: sums by block and one by one round differently, so targets are kept below the last sum.
-    """
-    total = sums.item(-1)
-    target = min(uniform * total, math.nextafter(total, 0.0))
-    block = int(sums.searchsorted(target, side="right"))
-    start = block * _BLOCK
-    inner = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
-    if block:
-        target -= sums.item(block - 1)
-    return start + int(inner.searchsorted(min(target, math.nextafter(inner.item(-1), 0.0)), side="right"))

@@ -60,9 +60,7 @@ def _limit(folder: Path) -> float | None:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
-            quota, period = (
-                (folder / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            )
+            quota, period = ((folder / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
         return None if quota in _UNLIMITED else float(quota) / float(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None

@@ -79,7 +79,7 @@ class _StepBuffers:
         self._steps = np.arange(length)
         # In the order of contract.INPUTS.
         self._ids, self._offsets, self._starts, self._lens, self._positions = (
-            memoryview(view.reshape(-1)) for view in self.inputs.values()
+            view.reshape(-1).data for view in self.inputs.values()
         )
         self.logits: Float32 = logits[: batch * num_logits].reshape(batch, num_logits, -1)
         self.values = {role: _share(view) for role, view in self.inputs.items()}

@@ -227,8 +227,8 @@ OPTIONS = [
 def test_on_equals_off(data):
     """Any prompts with repeats, any options, any number of rows and any limits."""
     piece = st.lists(st.integers(2, 12), min_size=1, max_size=4)
-    repeated = st.tuples(piece, st.integers(1, 4)).map(lambda p: p[0] * p[1])
-    prompts = data.draw(st.lists(st.lists(repeated, min_size=1, max_size=3).map(lambda p: sum(p, [])), min_size=1, max_size=5))
+    repeated = st.tuples(piece, st.integers(1, 4), piece).map(lambda p: p[0] * p[1] + p[2])
+    prompts = data.draw(st.lists(repeated, min_size=1, max_size=5))
     options = data.draw(st.lists(st.sampled_from(OPTIONS), min_size=len(prompts), max_size=len(prompts)))
     most = data.draw(st.integers(1, 50))
     params = [GREEDY.replace(**{"min_tokens": 0, "max_tokens": max(most, o.get("min_tokens", 0))} | o) for o in options]

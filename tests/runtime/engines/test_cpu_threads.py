@@ -84,9 +84,7 @@ def test_the_whole_machine_is_left_to_the_runtime(tmp_path, machine):
     assert granted_cores(write(tmp_path, FOUR_CORES)) is None
 
 
-@pytest.mark.parametrize(
-    ("allowed", "cores"), [([0, 4], 1), ([0, 1, 2, 3], 4), ([0, 1, 4], 2), (range(7), 4)], ids=str
-)
+@pytest.mark.parametrize(("allowed", "cores"), [([0, 4], 1), ([0, 1, 2, 3], 4), ([0, 1, 4], 2), (range(7), 4)], ids=str)
 def test_of_allowed_cpus_each_core_counts_once(tmp_path, machine, allowed, cores):
     machine(allowed)
     assert granted_cores(write(tmp_path, FOUR_CORES)) == cores
