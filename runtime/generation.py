@@ -285,7 +285,7 @@ class Generator:
 class _StepInputs:
     """The inputs of decode steps of one shape, allocated once a run: S tokens a row, of which all are asked for logits.
 
-    Set for one token a row; with drafts `lay_out` says how many of them a row has.
+    Set for one token a row; with drafts `lay_out` says how many of them a row has. Logits beyond them mean nothing.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -293,17 +293,14 @@ class _StepInputs:
         self.first_ids = self.input_ids[:, 0]
         self.offsets = np.zeros(rows, np.int32)
         self.lens = np.ones(rows, np.int32)
-        self.positions = np.zeros((rows, length), np.int64)
-        self._places = np.arange(length)
+        self.positions = np.arange(length)[None].repeat(rows, 0)
         self._logits: NDArray[np.float32] | None = None
         self._rows: list[NDArray[np.float32]] = []
 
     def lay_out(self, row: int, draft: Sequence[int]) -> None:
-        """Put a draft behind a row's first token; positions beyond it ask for its last token's logits again."""
-        count = len(draft)
-        self.input_ids[row, 1 : 1 + count] = draft
-        self.lens[row] = 1 + count
-        np.minimum(self._places, count, out=self.positions[row])
+        """Put a draft behind a row's first token."""
+        self.input_ids[row, 1 : 1 + len(draft)] = draft
+        self.lens[row] = 1 + len(draft)
 
     def sample(self, active: Sequence[GenerationSequence], logits: NDArray[np.float32]) -> list[SampledToken]:
         """A token for each row from logits (B, 1, V), which an engine returns in one buffer step after step."""

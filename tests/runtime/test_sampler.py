@@ -401,6 +401,18 @@ def test_top_k_of_a_large_vocabulary_keeps_what_a_full_sort_keeps(vocab, k, leve
     assert found >= set(np.flatnonzero(likely))
 
 
+def test_what_temperature_makes_equal_to_the_kth_is_kept():
+    """Two neighbouring floats whose quotients by 0.7 are one float: the lower id comes first, and both are kept."""
+    neighbours = ((x, np.nextafter(x, np.float32(-8))) for x in -np.arange(6, 7, 2**-20, dtype=np.float32))
+    higher, lower = next((a, b) for a, b in neighbours if a / np.float32(0.7) == b / np.float32(0.7))
+    logits = np.full(3000, -100.0, np.float32)
+    logits[[5, 17, 1700]] = 0.0, higher, lower
+    sampler = Sampler(SamplingParams(temperature=0.7, top_k=2), [0], 3000)
+    weight = np.exp(float(higher) / 0.7)
+    sampler._uniforms = iter([(1 + share * weight) / (1 + 2 * weight) for share in (-1, 0.5, 1.5)])
+    assert [sampler.sample(logits).token_id for _ in range(3)] == [5, 17, 1700]
+
+
 MIXED = [
     {"temperature": 0.0},
     {"temperature": 0.0},
@@ -431,9 +443,10 @@ def test_rows_of_a_batch_are_sampled_as_each_by_itself(order, vocab):
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 5}])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_broken_row_of_a_batch_is_an_engine_error(options, value):
+@pytest.mark.parametrize("place", [0, 1234, 2999])
+def test_a_broken_row_of_a_batch_is_an_engine_error(options, value, place):
     logits = np.stack([normal_logits(3000), normal_logits(3000), normal_logits(3000)])
-    logits[1, 1234] = value
+    logits[1, place] = value
     with pytest.raises(EngineError, match="largest logit is"):
         sample_rows([Sampler(SamplingParams(**options), [1], 3000) for _ in logits], logits)
 

@@ -87,6 +87,15 @@ def test_hits_and_misses_move_the_odds_without_a_draft():
     assert PromptLookup([1, 2, 3]).odds(3) == []
 
 
+def test_the_length_of_a_match_grows_with_each_token_that_was_right():
+    """After 1 2, 3 and 4 are right: the second at a match of three tokens, which a new match of three then benefits of."""
+    lookup = PromptLookup([1, 2, 3, 4, 5, 9, 1, 2])
+    for token in (3, 4, 10, 1, 2, 6, 7, 1, 2, 3):  # 10, 6 and the last 3 are not what the latest place says
+        lookup.push(token)
+    assert lookup.draft(1) == [4]
+    assert lookup.odds(1)[0] > PromptLookup([1, 2, 3, 8, 1, 2, 3]).odds(1)[0]
+
+
 def test_costs_are_medians_by_shape_without_the_first_step():
     costs = StepCosts()
     assert costs.ratio(1, 8) > costs.ratio(1, 4) > costs.ratio(1, 2) > 1  # not measured yet
@@ -269,20 +278,24 @@ def test_a_stop_string_inside_a_draft_is_cut():
 
 @pytest.mark.parametrize("room", range(1, 12))
 def test_drafts_end_with_the_capacity(room):
-    plain, drafting = pipelines(capacity=40 + room)
-    prompt = [5, 6] * 20
+    prompt = [5, 6, *repeating(pipelines()[0], [5, 6])[:45]]
+    plain, drafting = pipelines(capacity=len(prompt) + room)
     params = SamplingParams(temperature=0, ignore_eos=True)
     wanted, found = plain.generate(prompt, params), drafting.generate(prompt, params)
     assert facts(found) == facts(wanted)
     assert (found.finish_reason, len(found.token_ids)) == ("capacity", room + 1)
+    assert (found.timings.accepted_tokens > 0) == (room > 1)
 
 
 @pytest.mark.parametrize("most", range(1, 12))
 def test_drafts_end_with_max_tokens(most):
     plain, drafting = pipelines()
+    prompt = [5, 6, *repeating(plain, [5, 6])[:45]]
     params = GREEDY.replace(max_tokens=most)
-    assert facts(drafting.generate([5, 6] * 20, params)) == facts(plain.generate([5, 6] * 20, params))
-    assert drafting.engine.computed - 40 <= 40 * 8
+    wanted, found = plain.generate(prompt, params), drafting.generate(prompt, params)
+    assert facts(found) == facts(wanted)
+    # All drafts were right, and none was computed after which no token is wanted.
+    assert drafting.engine.computed == len(prompt) + most - 1
 
 
 def test_a_session_goes_on_after_rejected_drafts():
