@@ -1,6 +1,6 @@
-"""The command line: `python -m benchmarks peers MODEL.gguf BUNDLE`.
+"""The command line: `python -m benchmarks peers MODEL.gguf BUNDLE`, and `host-time` and `speculate` for one bundle.
 
-What is measured, and how, for every runtime alike (`worker.py` reads all clocks):
+What is measured against peers, and how, for every runtime alike (`worker.py` reads all clocks):
 
 - prefill tok/s: prompt tokens / time from the moment the request's state is allocated to the first token;
 - first token ms: from the request to the first token, the allocation of that state included;
@@ -17,8 +17,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from . import BenchmarkError, UnavailableError
+from . import BenchmarkError, UnavailableError, host_time, speculate
 from .interleaved import Participant, Plan, measure
 from .machine import Machine
 from .peer import Peer, Sources
@@ -31,7 +32,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def main() -> None:
-    """Zonda against its peers."""
+    """Zonda against its peers, and against itself."""
 
 
 @app.command()
@@ -79,6 +80,34 @@ def peers(
     report.print(console)
     if json_file is not None:
         json_file.write_text(report.to_json() + "\n")
+
+
+@app.command("host-time")
+def host_time_command(
+    bundle: Annotated[Path, typer.Argument(help="An engine bundle.", exists=True)],
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens of each generation.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each with one generation of every case.")] = 5,
+) -> None:
+    """The time a decode step spends outside the session."""
+    _print(host_time.table(host_time.measure_host_time(bundle, threads, tokens, rounds)))
+
+
+@app.command("speculate")
+def speculate_command(
+    bundle: Annotated[Path, typer.Argument(help="An engine bundle of a chat model.", exists=True)],
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of each answer.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each with a pair of every prompt.")] = 7,
+) -> None:
+    """Decoding with prompt-lookup speculation against decoding without."""
+    _print(speculate.table(speculate.measure_speculation(bundle, threads, tokens, rounds)))
+
+
+def _print(table: Table) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    console.print(str(Machine.describe()), style="dim", highlight=False)
+    console.print(table)
 
 
 def _known(name: str) -> Peer:

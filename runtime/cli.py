@@ -1,22 +1,25 @@
 """The command `zonda`: generate, chat, inspect, verify and bench on a bundle, and whatever other packages' rooms add.
 
-Commands that need more than the runtime are entry points of the group `zonda.commands`; they are imported only when
-they are called, so `zonda generate` never pays for torch.
+Commands that need more than the runtime are entry points of the group `zonda.commands`; they are looked for and
+imported only when they are called, so `zonda generate` never pays for torch, nor for what only prints tables.
 """
 
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from .. import RequestError, TargetUnavailableError, ZondaError, __version__
-from .generation import Chunk, Completion
 from .sampling import SamplingParams
+from .sequence import Chunk, Completion
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
+    from rich.console import Console
 
 _GROUP = "zonda.commands"
 
@@ -26,21 +29,26 @@ class _Commands(typer.core.TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names only; nothing is imported."""
-        return sorted({*super().list_commands(ctx), *(point.name for point in metadata.entry_points(group=_GROUP))})
+        return sorted({*super().list_commands(ctx), *_entry_points().names})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """One command; an entry point's function is imported here."""
         command = super().get_command(ctx, cmd_name)
-        points = tuple(metadata.entry_points(group=_GROUP, name=cmd_name))
-        if command is not None or not points:
+        if command is not None or cmd_name not in (points := _entry_points()).names:
             return command
         try:
-            function = points[0].load()
+            function = points[cmd_name].load()
         except ImportError as error:
             raise ZondaError(f"'zonda {cmd_name}' needs {error.name}: pip install 'zonda[build,cpu]'") from error
         extra = typer.Typer(add_completion=False)
         extra.command(name=cmd_name)(function)
         return typer.main.get_command(extra)
+
+
+def _entry_points() -> "EntryPoints":
+    from importlib import metadata
+
+    return metadata.entry_points(group=_GROUP)
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -54,7 +62,12 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than t
 Penalty = Annotated[float | None, typer.Option(help="Repetition penalty; 1 is none.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
-Threads = Annotated[int | None, typer.Option(help="Compute threads; one a physical core if not given.")]
+Threads = Annotated[
+    int | None, typer.Option(envvar="ZONDA_THREADS", help="Compute threads; one a physical core if not given.")
+]
+Speculate = Annotated[
+    str | None, typer.Option(metavar="ngram", help="Draft tokens from what was said before: same text, in less time.")
+]
 OnlyTarget = Annotated[str | None, typer.Option("--target", help="Only this target, or this kind of targets.")]
 TargetOption = Annotated[str | None, typer.Option(help="Force a target of the bundle, by its name or its kind.")]
 
@@ -88,6 +101,7 @@ def generate(
     stop: Stop = None,
     threads: Threads = None,
     target: TargetOption = None,
+    speculate: Speculate = None,
     timings: Annotated[bool, typer.Option("--timings", help="Print tokens per second on standard error.")] = False,
 ) -> None:
     """Continue a prompt, streaming to the terminal."""
@@ -95,7 +109,7 @@ def generate(
 
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     assert text is not None
-    with Pipeline.load(bundle, threads=threads, target=target) as pipeline:
+    with Pipeline.load(bundle, threads=threads, target=target, speculate=speculate) as pipeline:
         params = _params(
             pipeline.default_params,
             max_tokens=max_tokens,
@@ -128,11 +142,12 @@ def chat(
     seed: Seed = None,
     threads: Threads = None,
     target: TargetOption = None,
+    speculate: Speculate = None,
 ) -> None:
     """Talk to the model, one line a turn; Ctrl-C stops an answer, Ctrl-D or an empty line ends the conversation."""
     from .pipeline import Pipeline
 
-    with Pipeline.load(bundle, threads=threads, target=target) as pipeline:
+    with Pipeline.load(bundle, threads=threads, target=target, speculate=speculate) as pipeline:
         params = _params(
             pipeline.default_params,
             max_tokens=max_tokens,
@@ -175,7 +190,7 @@ def inspect(
     if json_output:
         sys.stdout.write(encode(opened.manifest).decode())
     else:
-        Console().print(roofline_page(opened) if roofline else inspection_page(opened))
+        _console().print(roofline_page(opened) if roofline else inspection_page(opened))
 
 
 @app.command()
@@ -191,7 +206,7 @@ def verify(
     from .records import remember
     from .verification import in_words, prove_target
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console(soft_wrap=True, highlight=False)
     opened = open_bundle(bundle, full=True)
     count, size = len(opened.manifest.files) + 1, sum(opened.manifest.files.values())
     console.print(f"{count} files, {size / 1e6:,.1f} MB: all as the build wrote them")
@@ -242,7 +257,7 @@ def bench(
     from .bundle import open_bundle
     from .loader import targets_of
 
-    opened, messages = open_bundle(bundle), Console(stderr=True)
+    opened, messages = open_bundle(bundle), _console(stderr=True)
     targets = targets_of(opened, target)
     plan = make_plan(opened.manifest.limits, batch=batch, new_tokens=tokens, repeat=repeat, threads=threads)
     with messages.status("") as status:
@@ -251,7 +266,7 @@ def bench(
     if json_output == "-":
         sys.stdout.write(encoded)
     else:
-        Console().print(bench_page(report), markup=False, highlight=False)
+        _console().print(bench_page(report), markup=False, highlight=False)
         if json_output is not None:
             Path(json_output).write_text(encoded, "utf-8")
     if not any(not one.failure for one in report.targets):
@@ -263,12 +278,18 @@ def main() -> None:
     try:
         app()
     except ZondaError as error:
-        Console(stderr=True).print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        _console(stderr=True).print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+
+
+def _console(**options: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(**options)
 
 
 def _params(default: SamplingParams, **options: Any) -> SamplingParams:
@@ -304,8 +325,10 @@ def _lines() -> Iterator[str]:
 
 def _print_timings(result: Completion) -> None:
     t = result.timings
-    Console(stderr=True).print(
+    drafts = f", {t.accepted_tokens} of {t.drafted_tokens} drafted tokens accepted" if t.drafted_tokens else ""
+    _console(stderr=True).print(
         f"prefill {t.prompt_tokens} tokens at {t.prefill_tokens_per_s:.0f}/s, "
-        f"decode {t.generated_tokens} tokens at {t.decode_tokens_per_s:.0f}/s",
+        f"decode {t.generated_tokens} tokens at {t.decode_tokens_per_s:.0f}/s{drafts}",
         highlight=False,
+        soft_wrap=True,
     )

@@ -1,15 +1,14 @@
 """The generation loop: sequences in, sampled tokens and text out, over the rows of one KV cache.
 
 A sequence is prefilled alone, chunk by chunk and without padding; then all sequences decode together, one token a
-step. A finished row is filled by the last one, so the active rows stay contiguous, and waiting sequences take the
-free rows. It knows engines, samplers and text; nothing of bundles, templates or threads beyond the engine's lock.
+step, or a few more where speculation drafts them. A finished row is filled by the last one, so the active rows stay
+contiguous, and waiting sequences take the free rows. It knows engines, samplers and text; nothing of bundles, templates
+or threads beyond the engine's lock.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,134 +16,27 @@ from tokenizers import Tokenizer
 
 from .. import CapacityError, RequestError
 from .engines import Engine, KvCache
-from .sampler import SampledToken, Sampler, logprobs_of
+from .sampler import SampledToken, Sampler, logprobs_of, sample_rows
 from .sampling import SamplingParams
-from .text import Detokenizer, StopStrings, special_ids
-
-FinishReason = Literal["stop", "length", "capacity", "cancelled"]
+from .sequence import Chunk, FinishReason, GenerationSequence, PromptGroup
+from .speculation import LENGTHS, PromptLookup, StepCosts, choose_length
+from .text import Detokenizer, StopStrings, TokenTexts
 
 _SCORING_CHUNK = 64  # tokens whose logits are held at once for prompt logprobs: 64 × V floats
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds. prefill_s: from the start of prefill to the first sampled token. decode_s: from there to the last."""
-
-    prefill_s: float
-    decode_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens that were computed (not found in the cache) a second."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens after the first a second."""
-        return (self.generated_tokens - 1) / self.decode_s if self.decode_s else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What one sequence became.
-
-    token_ids: sampled tokens, a stop token at the end included; text: without it, without the stop string.
-    finish_reason: `stop` (eos, stop id or stop string), `length` (max_tokens), `capacity` (the cache is full),
-        `cancelled`.
-    stop_reason: the stop string or stop id that ended it; None for eos.
-    logprobs: one entry a token of token_ids if asked for. prompt_logprobs: one a prompt token, the first None.
-    others: with n > 1, the samples after the first.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    logprobs: tuple[SampledToken, ...] | None
-    prompt_logprobs: tuple[SampledToken | None, ...] | None
-    timings: Timings
-    others: tuple["Completion", ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one step added to a sequence: text may be empty while a character or a possible stop string is open."""
-
-    index: int
-    text: str
-    token_id: int | None
-    finish_reason: FinishReason | None
-
-
-@dataclass(slots=True)
-class GenerationSequence:
-    """One sequence in flight; `cached` counts its tokens in the KV cache.
-
-    group: shared by the n samples of one prompt, which prefill it once.
-    """
-
-    index: int
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    sampler: Sampler
-    detokenizer: Detokenizer
-    stops: StopStrings
-    group: "PromptGroup"
-    cached: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    sampled: list[SampledToken] = field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    reused: int = 0
-    started: float = 0.0
-    first_token: float = 0.0
-    last_token: float = 0.0
-
-    def completion(self) -> Completion:
-        """The result, once finish_reason is set."""
-        assert self.finish_reason is not None
-        timings = Timings(
-            self.first_token - self.started,
-            self.last_token - self.first_token,
-            len(self.prompt_ids),
-            self.reused,
-            len(self.token_ids),
-        )
-        return Completion(
-            self.text,
-            tuple(self.token_ids),
-            self.finish_reason,
-            self.stop_reason,
-            tuple(self.sampled) if self.params.logprobs is not None else None,
-            tuple(self.group.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
-            timings,
-        )
-
-
-@dataclass(slots=True)
-class PromptGroup:
-    """The samples of one prompt: its last logits (V,) and its logprobs, kept while siblings wait for a row."""
-
-    waiting: int = 0
-    logits: NDArray[np.float32] | None = None
-    prompt_logprobs: list[SampledToken | None] = field(default_factory=list)
 
 
 class Generator:
     """Runs sequences on an engine.
 
-    eos_token_ids end a sequence unless it ignores them.
+    eos_token_ids end a sequence unless it ignores them. speculates: whether steps draft and verify tokens ahead.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
+        self.speculates = False
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._special = special_ids(tokenizer)
+        self._texts = TokenTexts(tokenizer)
         self._eos = frozenset(eos_token_ids)
+        self._costs = StepCosts()
 
     def prepare_one(self, prompt: Sequence[int], params: SamplingParams, *, cached: int = 0) -> GenerationSequence:
         """Make the sequence of one prompt with one sample.
@@ -190,7 +82,7 @@ class Generator:
             suppressed = set(wanted.stop_token_ids) | (set() if wanted.ignore_eos else self._eos)
             for sample in range(wanted.n):
                 sampler = Sampler(wanted, prompt, limits.vocab_size, stop_token_ids=suppressed, index=sample)
-                detokenizer = Detokenizer(self._tokenizer, self._special)
+                detokenizer = Detokenizer(self._texts)
                 stops = StopStrings(wanted.stop)
                 sequences.append(GenerationSequence(len(sequences), prompt, wanted, sampler, detokenizer, stops, group))
         return sequences
@@ -210,7 +102,7 @@ class Generator:
         """
         waiting = deque(sequences)
         active: list[GenerationSequence] = []  # by row
-        step = _DecodeBuffers(cache.rows)
+        steps: dict[tuple[int, int], _StepInputs] = {}  # by rows and tokens a row
         while waiting or active:
             if cancelled():
                 for sequence in (*active, *waiting):
@@ -223,8 +115,8 @@ class Generator:
                     active.append(sequence)
                 yield chunk
                 continue
-            chunks = self._decode(active, cache, step)
-            for row in reversed(range(len(active))):
+            chunks = self._decode(active, cache, steps)
+            for row in range(len(active) - 1, -1, -1):
                 if active[row].finish_reason is not None:
                     last = active.pop()
                     if row < len(active):
@@ -241,12 +133,12 @@ class Generator:
         if sibling is not None and group.logits is not None:
             cache.copy_row(sibling, row, len(sequence.prompt_ids))
             sequence.cached = sequence.reused = len(sequence.prompt_ids)
-            chunk = self._accept(sequence, group.logits)
+            chunk = self._accept(sequence, sequence.sampler.sample(group.logits))
         else:
             with self._engine.lock:
                 logits = self._prefill(sequence, cache, row)
                 group.logits = logits.copy() if group.waiting else None
-                chunk = self._accept(sequence, logits)
+                chunk = self._accept(sequence, sequence.sampler.sample(logits))
         if not group.waiting:
             group.logits = None
         return chunk
@@ -278,30 +170,81 @@ class Generator:
                 last: NDArray[np.float32] = logits[0, -1]
                 return last
 
-    def _decode(self, active: Sequence[GenerationSequence], cache: KvCache, step: "_DecodeBuffers") -> list[Chunk]:
-        """Feed every active sequence its last token; sample the next."""
-        batch = len(active)
+    def _decode(
+        self, active: Sequence[GenerationSequence], cache: KvCache, steps: "dict[tuple[int, int], _StepInputs]"
+    ) -> list[Chunk]:
+        """Feed every active sequence its last token, and drafts if they promise to pay; sample what follows."""
+        length = self._draft_length(active) if self.speculates else 1
+        shape = (len(active), length)
+        step = steps.get(shape) or steps.setdefault(shape, _StepInputs(*shape))
+        drafts: list[list[int]] = []
         for row, sequence in enumerate(active):
-            step.input_ids[row, 0] = sequence.token_ids[-1]
+            step.first_ids[row] = sequence.token_ids[-1]
             step.offsets[row] = sequence.cached
+            if length > 1:
+                drafts.append(self._draft(sequence, length - 1))
+                step.lay_out(row, drafts[row])
         with self._engine.lock:
-            logits = self._engine.step(
-                cache, 0, step.input_ids[:batch], step.offsets[:batch], step.ones[:batch], step.zeros[:batch]
-            )
-            chunks = []
-            for row, sequence in enumerate(active):
-                sequence.cached += 1
-                chunks.append(self._accept(sequence, logits[row, 0]))
+            started = time.perf_counter()
+            logits = self._engine.step(cache, 0, step.input_ids, step.offsets, step.lens, step.positions)
+            if self.speculates:
+                self._costs.record(*shape, time.perf_counter() - started)
+            if length > 1:
+                return [c for row, one in enumerate(active) for c in self._verify(one, drafts[row], logits[row])]
+            sampled = step.sample(active, logits)
+        chunks = []
+        for sequence, token in zip(active, sampled, strict=True):
+            sequence.cached += 1
+            chunks.append(self._accept(sequence, token))
         return chunks
 
-    def _accept(self, sequence: GenerationSequence, logits: NDArray[np.float32]) -> Chunk:
-        """Sample one token; append it, its text, and the reason to stop if there is one."""
-        sampled = sequence.sampler.sample(logits)
+    def _verify(
+        self, sequence: GenerationSequence, draft: Sequence[int], logits: NDArray[np.float32]
+    ) -> Iterator[Chunk]:
+        """Sample token by token from logits (1 + drafts, V), as long as the drafts are what is sampled.
+
+        A token is sampled after all that is before it, as without drafts. The keys and values of rejected drafts lie
+        beyond `cached`, where the next step writes.
+        """
+        sequence.drafted += len(draft)
+        for position in range(len(draft) + 1):
+            sequence.cached += 1
+            chunk = self._accept(sequence, sequence.sampler.sample(logits[position]))
+            right = position < len(draft) and chunk.token_id == draft[position]
+            sequence.accepted += right
+            yield chunk
+            if not right or sequence.finish_reason is not None:
+                return
+
+    def _draft_length(self, active: Sequence[GenerationSequence]) -> int:
+        """Tokens a row of the next step, of `LENGTHS` or 1."""
+        odds = []
+        for sequence in active:
+            if sequence.lookup is None:
+                sequence.lookup = PromptLookup([*sequence.prompt_ids, *sequence.token_ids])
+            odds.append(sequence.lookup.odds(self._room(sequence)))
+        return choose_length(odds, self._costs, self._engine.limits.max_chunk)
+
+    def _draft(self, sequence: GenerationSequence, longest: int) -> list[int]:
+        assert sequence.lookup is not None
+        return sequence.lookup.draft(min(longest, self._room(sequence)))
+
+    def _room(self, sequence: GenerationSequence) -> int:
+        """How many drafts can be of use: they must fit the cache, and the token after them is sampled too."""
+        room = min(LENGTHS[-1], self._engine.limits.capacity - sequence.cached) - 1
+        if sequence.params.max_tokens is not None:
+            room = min(room, sequence.params.max_tokens - len(sequence.token_ids) - 1)
+        return room
+
+    def _accept(self, sequence: GenerationSequence, sampled: SampledToken) -> Chunk:
+        """Append a sampled token, its text, and the reason to stop if there is one."""
         now = time.perf_counter()
         sequence.first_token = sequence.first_token or now
         sequence.last_token = now
         token, params = sampled.token_id, sequence.params
         sequence.token_ids.append(token)
+        if sequence.lookup is not None:
+            sequence.lookup.push(token)
         if params.logprobs is not None:
             sequence.sampled.append(sampled)
         if token in params.stop_token_ids:
@@ -339,11 +282,30 @@ class Generator:
         return Chunk(sequence.index, text + tail, token, reason)
 
 
-class _DecodeBuffers:
-    """The inputs of decode steps, allocated once a run: one token a row."""
+class _StepInputs:
+    """The inputs of decode steps of one shape, allocated once a run: S tokens a row, of which all are asked for logits.
 
-    def __init__(self, rows: int) -> None:
-        self.input_ids = np.zeros((rows, 1), np.int64)
+    Set for one token a row; with drafts `lay_out` says how many of them a row has. Logits beyond them mean nothing.
+    """
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.input_ids = np.zeros((rows, length), np.int64)
+        self.first_ids = self.input_ids[:, 0]
         self.offsets = np.zeros(rows, np.int32)
-        self.ones = np.ones(rows, np.int32)
-        self.zeros = np.zeros((rows, 1), np.int64)
+        self.lens = np.ones(rows, np.int32)
+        self.positions = np.arange(length)[None].repeat(rows, 0)
+        self._logits: NDArray[np.float32] | None = None
+        self._rows: list[NDArray[np.float32]] = []
+
+    def lay_out(self, row: int, draft: Sequence[int]) -> None:
+        """Put a draft behind a row's first token."""
+        self.input_ids[row, 1 : 1 + len(draft)] = draft
+        self.lens[row] = 1 + len(draft)
+
+    def sample(self, active: Sequence[GenerationSequence], logits: NDArray[np.float32]) -> list[SampledToken]:
+        """A token for each row from logits (B, 1, V), which an engine returns in one buffer step after step."""
+        if logits is not self._logits:
+            self._logits, self._rows = logits, list(logits[:, 0])
+        if len(active) == 1:
+            return [active[0].sampler.sample(self._rows[0])]
+        return sample_rows([sequence.sampler for sequence in active], logits[:, 0])

@@ -17,8 +17,9 @@ from .. import ChatTemplateError, RequestError
 from .bundle import Bundle
 from .chat_template import ChatTemplate
 from .engines import Engine, KvCache
-from .generation import Chunk, Completion, GenerationSequence, Generator
+from .generation import Generator
 from .sampling import SamplingParams
+from .sequence import Chunk, Completion, GenerationSequence
 
 if TYPE_CHECKING:
     from .session import Session
@@ -79,6 +80,7 @@ class Pipeline:
         threads: int | None = None,
         capacity: int | None = None,
         max_batch: int | None = None,
+        speculate: str | None = None,
     ) -> "Pipeline":
         """Open a bundle and load the best target that this host can run.
 
@@ -92,18 +94,34 @@ class Pipeline:
             threads: compute threads; None is one a physical core.
             capacity: serve fewer cached tokens a row than the bundle allows.
             max_batch: serve fewer rows at once than the bundle allows.
+            speculate: `ngram` drafts tokens from what the prompt and the output said before and verifies several in a
+                step, where that is faster. It changes no text, so it is the pipeline's matter and not that of
+                `SamplingParams`; the attribute of that name may be set at any time.
 
         Raises:
             BundleError: the bundle is missing, altered or malformed.
             TargetUnavailableError: no target can run here; the message says why, one line a target.
             ParityError: with verify=True, the engine computes something else than the build recorded.
-            RequestError: capacity or max_batch is more than the bundle was built for.
+            RequestError: capacity or max_batch is more than the bundle was built for, or an unknown way to speculate.
         """
         from .loader import load_pipeline
 
-        return load_pipeline(
+        _check_speculation(speculate)
+        pipeline = load_pipeline(
             path, target=target, verify=verify, threads=threads, capacity=capacity, max_batch=max_batch
         )
+        pipeline.speculate = speculate
+        return pipeline
+
+    @property
+    def speculate(self) -> str | None:
+        """How tokens are drafted: `ngram`, or None for not at all. Setting it is for the steps to come."""
+        return "ngram" if self._generator.speculates else None
+
+    @speculate.setter
+    def speculate(self, way: str | None) -> None:
+        _check_speculation(way)
+        self._generator.speculates = way is not None
 
     @overload
     def generate(
@@ -260,3 +278,8 @@ class Pipeline:
         finally:
             with self._free_lock:
                 self._free.append(cache)
+
+
+def _check_speculation(way: str | None) -> None:
+    if way not in (None, "ngram"):
+        raise RequestError(f"speculate must be 'ngram' or None, found {way!r}")

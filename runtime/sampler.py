@@ -1,25 +1,27 @@
-"""Choosing the next token of one sequence from its logits, as `SamplingParams` says.
+"""Choosing the next token of each sequence from its logits, as `SamplingParams` says.
 
-Works on a view of the engine's logits and never changes it. Knows nothing of text or engines.
+A step is a search and a choice. The search finds the likeliest token, or with top_k the tokens that can be among the k
+likeliest; it only compares, so rows that lie together are searched together, with the result of one by one. The choice
+is each sequence's own, with its own random numbers. Works on views of the engine's logits and never changes them; knows
+nothing of text or engines.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import EngineError, RequestError
+from .drawing import Logits, draw_weighted, largest, likeliest, slightly_below, uniforms
 from .sampling import SamplingParams
 
-Logits = NDArray[np.float32]
-
-_BLOCK = 256  # weights that are summed before the sums are accumulated: a running sum over all of them is 20× slower
+_FEW = 2048  # candidates up to which sorting them is the shortest way through all filters
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """logprob: natural logarithm of the model's probability. rank: 1 is the likeliest; of ties the lower id is."""
 
     token_id: int
@@ -27,8 +29,7 @@ class TokenLogprob:
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token; logprob and rank if they were asked for, and the likeliest tokens of that step, best first."""
 
     token_id: int
@@ -81,7 +82,14 @@ class Sampler:
         if self._edits or params.temperature:
             self._scratch = np.empty(vocab_size, np.float32)
         if params.temperature:
-            self._random = np.random.default_rng(None if params.seed is None else [params.seed, index])
+            self._uniforms = uniforms(np.random.default_rng(None if params.seed is None else [params.seed, index]))
+        self._top_k = params.top_k if params.temperature else 0
+        self._min_p_distance = -math.log(params.min_p) if params.min_p else math.inf
+
+    @property
+    def search(self) -> int | None:
+        """What to search for in the model's logits: k with top_k, else 0; None if they must be edited first."""
+        return None if self._edits else self._top_k
 
     def sample(self, logits: Logits) -> SampledToken:
         """Choose a token and remember it.
@@ -93,12 +101,32 @@ class Sampler:
             EngineError: the logits hold NaN or +inf, or are all -inf.
             RequestError: logit_bias, penalties or logits_processors leave nothing to choose from.
         """
-        params = self._params
         edited = self._edit(logits) if self._edits else logits
+        if self._top_k:
+            ((highest, candidates),) = likeliest(edited[None], self._top_k)
+            return self.choose(logits, edited, highest, candidates)
         best = int(edited.argmax())  # the first NaN if there is one
-        if not math.isfinite(edited[best]):
-            raise _nothing_to_choose(logits, float(edited[best]))
-        token = best if params.temperature == 0 else self._draw(edited, float(edited[best]))
+        return self.choose(logits, edited, edited.item(best), best)
+
+    def choose(self, logits: Logits, edited: Logits, highest: float, found: "Found") -> SampledToken:
+        """The second half of `sample`: choose after a search, and remember the choice.
+
+        Args:
+            logits: (V,) the model's.
+            edited: (V,) what was searched; the same if `search` is not None.
+            highest: the largest of them.
+            found: what the search found.
+
+        Raises:
+            EngineError, RequestError: as of `sample`.
+        """
+        params = self._params
+        if not math.isfinite(highest):
+            raise _nothing_to_choose(logits, highest)
+        if not isinstance(found, int):
+            token = self._draw(edited, highest, found)
+        else:
+            token = self._draw(edited, highest, None) if params.temperature else found
         self._output.append(token)
         if self._penalises:
             self._seen[token] = self._generated[token] = True
@@ -129,22 +157,80 @@ class Sampler:
                 np.copyto(edited, changed)
         return edited
 
-    def _draw(self, logits: Logits, highest: float) -> int:
-        """Temperature, min_p, top_k and top_p, and a token from what they keep."""
+    def _draw(self, logits: Logits, highest: float, candidates: NDArray[np.int64] | None) -> int:
+        """Temperature, min_p, top_k and top_p, and a token from what they keep, which the candidates hold if given."""
         params, scaled = self._params, self._scratch
+        if candidates is None and params.min_p > 0:
+            far = self._min_p_distance * params.temperature
+            candidates = np.flatnonzero(logits >= slightly_below(highest - far, far))
+        if candidates is not None and len(candidates) <= _FEW:
+            return self._draw_sorted(logits, highest, candidates)
         with np.errstate(over="ignore"):  # what is far below the likeliest token may well become -inf
             np.subtract(logits, highest, out=scaled)
             scaled /= params.temperature
         kept: NDArray[np.int64] | None = None  # None is every token
         if params.min_p > 0:
-            kept = np.flatnonzero(scaled >= math.log(params.min_p))
+            kept = np.flatnonzero(scaled >= -self._min_p_distance)
         if 0 < params.top_k < (len(scaled) if kept is None else len(kept)):
             values = scaled if kept is None else scaled[kept]
-            inside = _largest(values, params.top_k)
+            inside = largest(values, params.top_k)
             kept = inside if kept is None else kept[inside]
         weights = np.exp(scaled, out=scaled) if kept is None else np.exp(scaled[kept])
-        choice = _draw_weighted(weights, params.top_p, self._random)
+        choice = draw_weighted(weights, params.top_p, self._uniforms)
         return choice if kept is None else int(kept[choice])
+
+    def _draw_sorted(self, logits: Logits, highest: float, candidates: NDArray[np.int64]) -> int:
+        """`_draw` among a few: in order of their distance from the likeliest, every filter keeps a first part."""
+        params = self._params
+        with np.errstate(over="ignore"):
+            distances = highest - logits[candidates]
+            distances /= params.temperature
+        order = distances.argsort(kind="stable")
+        distances = distances[order]
+        kept = len(distances)
+        if params.min_p > 0:
+            kept = int(distances.searchsorted(np.float32(self._min_p_distance), side="right"))
+        if 0 < params.top_k < kept:
+            kept = int(distances[:kept].searchsorted(distances[params.top_k - 1], side="right"))
+        sums = np.cumsum(np.exp(-distances[:kept]), dtype=np.float64)
+        last = sums.item(-1)
+        if params.top_p < 1:
+            last = sums.item(int(sums.searchsorted(params.top_p * last)))
+        drawn = sums.searchsorted(min(next(self._uniforms) * last, math.nextafter(last, 0.0)), side="right")
+        return candidates.item(order.item(drawn))
+
+
+Found = int | NDArray[np.int64] | None
+"""What a search found: the likeliest token; with top_k ascending ids that hold all that it can keep; None is any id."""
+
+
+def sample_rows(samplers: Sequence[Sampler], logits: Logits) -> list[SampledToken]:
+    """`Sampler.sample` of each row, exactly; neighbouring rows with the same search share it.
+
+    Args:
+        samplers: one a row.
+        logits: (B, V) float32; not changed.
+
+    Raises:
+        EngineError, RequestError: as of `Sampler.sample`, for the first row that has nothing to choose from.
+    """
+    if len(samplers) == 1:
+        return [samplers[0].sample(logits[0])]
+    sampled: list[SampledToken] = []
+    for k, run in itertools.groupby(range(len(samplers)), lambda row: samplers[row].search):
+        rows = list(run)
+        if k is None or len(rows) == 1:
+            sampled += [samplers[row].sample(logits[row]) for row in rows]
+            continue
+        together = logits[rows[0] : rows[-1] + 1]
+        found: Sequence[tuple[float, Found]]
+        if k:
+            found = likeliest(together, k)
+        else:
+            found = [(together.item(i, best), best) for i, best in enumerate(together.argmax(1).tolist())]
+        for row, (highest, one) in zip(rows, found, strict=True):
+            sampled.append(samplers[row].choose(logits[row], logits[row], highest, one))
+    return sampled
 
 
 def logprobs_of(logits: Logits, token_id: int, top: int) -> SampledToken:
@@ -166,7 +252,7 @@ def logprobs_of(logits: Logits, token_id: int, top: int) -> SampledToken:
     best: tuple[TokenLogprob, ...] = ()
     top = min(top, len(logits))
     if top:
-        ids = _largest(logits, top)
+        ids = largest(logits, top)
         ids = ids[np.argsort(-logits[ids], kind="stable")][:top]
         best = tuple(TokenLogprob(int(i), float(logits[i]) - normaliser, rank) for rank, i in enumerate(ids, 1))
     own = logits[token_id]
@@ -185,46 +271,3 @@ def _nothing_to_choose(logits: Logits, found: float) -> EngineError | RequestErr
         f"the largest logit is {raw}, so nothing can be chosen: the engine computed no usable logits; "
         "`zonda verify` tells whether it still matches its reference"
     )
-
-
-def _largest(values: Logits, k: int) -> NDArray[np.int64]:
-    """Indices of the k largest values, and of all that equal the k-th, ascending."""
-    return np.flatnonzero(values >= np.partition(values, -k)[-k])
-
-
-def _draw_weighted(weights: Logits, top_p: float, random: np.random.Generator) -> int:
-    """An index, drawn by weight from the nucleus: the fewest heaviest whose share reaches top_p.
-
-    No sort: a draw from all weights is a draw from the nucleus if it lies inside, that is if what is heavier (of equal
-    ones, what comes before) has a share below top_p. If it lies outside, so does all that is not heavier, and
-    the next draw is among the heavier ones only. The expected number of draws is at most 1 + log(1 / top_p).
-    """
-    if top_p == 1:
-        return _draw_index(weights, random.random())
-    share = top_p * float(weights.sum(dtype=np.float64))
-    among: NDArray[np.int64] | None = None  # indices into weights; None is all
-    while True:
-        drawn = _draw_index(weights, random.random())
-        own = weights[drawn]
-        heavier = weights > own
-        heavier[:drawn] |= weights[:drawn] == own
-        inside = np.flatnonzero(heavier)
-        above = weights[inside]
-        if not len(inside) or float(above.sum(dtype=np.float64)) < share:
-            return drawn if among is None else int(among[drawn])
-        among, weights = inside if among is None else among[inside], above
-
-
-def _draw_index(weights: Logits, uniform: float) -> int:
-    """The index at which the running sum of the weights passes `uniform`, in [0, 1), of their total.
-
-    Never one of weight 0: sums by block and one by one round differently, so targets are kept below the last sum.
-    """
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
-    target = min(uniform * float(sums[-1]), math.nextafter(float(sums[-1]), 0.0))
-    block = int(np.searchsorted(sums, target, side="right"))
-    start = block * _BLOCK
-    inner = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
-    if block:
-        target -= float(sums[block - 1])
-    return start + int(np.searchsorted(inner, min(target, math.nextafter(float(inner[-1]), 0.0)), side="right"))

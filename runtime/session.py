@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .generation import Chunk, Completion, GenerationSequence, Generator
+from .generation import Generator
 from .sampling import SamplingParams
+from .sequence import Chunk, Completion, GenerationSequence
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

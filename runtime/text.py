@@ -6,15 +6,37 @@ Knows a tokenizer's decoding; nothing of sampling, requests or streams.
 import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that decoding leaves out."""
-    return frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+class TokenTexts:
+    """What single tokens say, found out as they come and kept: most steps then need no decoding at all.
+
+    A byte-level decoder joins the bytes of all tokens, so a token that holds whole characters says the same anywhere.
+    Other decoders look at neighbours (a leading space, a run of byte tokens), and nothing is kept for them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._texts: dict[int, str | None] = {}
+
+    def of(self, token_id: int) -> str | None:
+        """The text of a token wherever it stands between whole characters; None if it depends on its neighbours."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            text = self.decode([token_id]) if self.byte_level else None
+            self._texts[token_id] = None if text is None or text.endswith(_REPLACEMENT) else text
+            return self._texts[token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens; special ones and ids outside the vocabulary have none."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class Detokenizer:
@@ -29,36 +51,35 @@ class Detokenizer:
       malformed: its text is certain only when another token follows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int] | None = None) -> None:
-        """Begin a text.
-
-        Args:
-            tokenizer: of the model.
-            special: its `special_ids`; whoever makes many detokenizers finds them out once.
-        """
-        self._tokenizer = tokenizer
-        self._special = special_ids(tokenizer) if special is None else special
+    def __init__(self, texts: TokenTexts) -> None:
+        """Begin a text; all texts of a model share one `TokenTexts`."""
+        self._texts = texts
         self._window: list[int] = []  # the tokens that are decoded together
         self._whole = 0  # the first tokens of the window, up to a place where its text ended on a whole character
         self._shown = 0  # the first characters of the window's text, which were given out
 
     def push(self, token_id: int) -> str:
         """Take a token; return the text that is now certain. Ids outside the vocabulary have no text."""
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._special:
+        if not self._window and (known := self._texts.of(token_id)) is not None:
+            return known
+        token = self._texts.tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._texts.special:
             return ""
         self._window.append(token_id)
         if token.startswith("<0x") and _BYTE_TOKEN.fullmatch(token):
             return ""
-        text = self._decode(self._window)
+        text = self._texts.decode(self._window)
         if text.endswith(_REPLACEMENT):
             certain = text[self._shown : -1]
             self._shown = len(text) - 1
             self._cut_malformed(text)
             return certain
         certain = text[self._shown :]
+        if self._texts.byte_level:  # what follows whole characters does not depend on them
+            self._window, self._whole, self._shown = [], 0, 0
+            return certain
         recent = self._window[self._whole :]
-        recent_text = self._decode(recent)
+        recent_text = self._texts.decode(recent)
         # Without text of its own the recent part could not stand for "something came before" to a decoder that
         # strips a leading space.
         if recent_text:
@@ -68,7 +89,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Return what was held back: the rest of an unfinished character, as a replacement character."""
-        text = self._decode(self._window)
+        text = self._texts.decode(self._window)
         certain = text[self._shown :]
         self._shown = len(text)
         return certain
@@ -76,14 +97,11 @@ class Detokenizer:
     def _cut_malformed(self, text: str) -> None:
         """Drop tokens from a window that ends in malformed bytes, if the last one does not continue those before it."""
         before, last_two, last_but_one = (
-            self._decode(part) for part in (self._window[:-1], self._window[-2:], self._window[-2:-1])
+            self._texts.decode(part) for part in (self._window[:-1], self._window[-2:], self._window[-2:-1])
         )
         last = last_two.removeprefix(last_but_one)
         if last and last != last_two and before + last == text:
             self._window, self._whole, self._shown = self._window[-2:], 1, len(last_two) - 1
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class StopStrings:

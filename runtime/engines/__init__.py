@@ -79,13 +79,22 @@ class Engine(Protocol):
 
 def check_step(
     limits: Limits, rows: int, first_row: int, input_ids: Int64, offsets: Int32, lens: Int32, positions: Int64
-) -> None:
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Raise unless the arguments of `Engine.step` obey the contract; engines call it before they touch anything.
+
+    Returns:
+        input_ids, offsets, lens and positions as flat lists: of a few numbers they are the cheapest form.
 
     Raises:
         CapacityError: a row would grow beyond capacity, or S is greater than max_chunk.
         EngineError: any other breach.
     """
+    if input_ids.shape == positions.shape == (1, 1) and offsets.shape == lens.shape == (1,):
+        # Decoding one row is the step that comes most often; whatever is not in order here is named below.
+        token, offset = input_ids.item(), offsets.item()
+        ordinary = lens.item() == 1 and positions.item() == 0 and 0 <= first_row < rows
+        if ordinary and 0 <= token < limits.vocab_size and 0 <= offset < limits.capacity:
+            return [token], [offset], [1], [0]
     if input_ids.ndim != 2 or positions.ndim != 2:
         raise EngineError("input_ids must be (B, S) and logit_positions (B, K)")
     batch, length = input_ids.shape
@@ -111,3 +120,4 @@ def check_step(
         raise EngineError(f"logit_positions must lie in [0, {length})")
     if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise EngineError(f"input_ids must lie in [0, {limits.vocab_size})")
+    return tokens, cached, new, wanted

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .device_cache import DeviceKvCache
 
 _ALIGNMENT = 64
+_SHORT = 8  # tokens a row up to which a step has a binding of its own and its inputs are written number by number
 
 
 class HostKvCache:
@@ -48,7 +49,7 @@ class HostKvCache:
             np.frombuffer(memory, state.dtype, math.prod(shape), place).reshape(shape)
             for state, shape, place in zip(spec.states, shapes, places[:-1], strict=True)
         ]
-        self.bindings: dict[tuple[int, int], _Binding] = {}
+        self.bindings: dict[tuple[int, ...], _Binding] = {}
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See `KvCache`."""
@@ -75,10 +76,34 @@ class _StepBuffers:
         self.start_offsets_kernel = self.inputs[contract.START_OFFSETS_KERNEL]
         self.input_lens = self.inputs[contract.INPUT_LENS]
         self.logit_positions = self.inputs[contract.LOGIT_POSITIONS]
-        self.steps = np.arange(length)
+        self._steps = np.arange(length)
+        # In the order of contract.INPUTS.
+        self._ids, self._offsets, self._starts, self._lens, self._positions = (
+            view.reshape(-1).data for view in self.inputs.values()
+        )
         self.logits: Float32 = logits[: batch * num_logits].reshape(batch, num_logits, -1)
         self.values = {role: _share(view) for role, view in self.inputs.items()}
         self.logits_value = _share(self.logits)
+
+    def write(self, input_ids: Int64, seqlen_offsets: Int32, input_lens: Int32, logit_positions: Int64) -> None:
+        """Set a step's inputs."""
+        self.input_ids[...] = input_ids
+        self.seqlen_offsets[...] = seqlen_offsets
+        self.input_lens[...] = input_lens
+        self.logit_positions[...] = logit_positions
+        np.add(seqlen_offsets[:, None], self._steps, out=self.start_offsets_kernel)
+
+    def write_few(self, tokens: list[int], offsets: list[int], lens: list[int], positions: list[int]) -> None:
+        """`write`, of flat lists, without numpy: between two steps its code is no longer in the processor's caches."""
+        length = len(tokens) // len(offsets)
+        for i, token in enumerate(tokens):
+            self._ids[i] = token
+            self._starts[i] = offsets[i // length] + i % length
+        for row, offset in enumerate(offsets):
+            self._offsets[row] = offset
+            self._lens[row] = lens[row]
+        for i, position in enumerate(positions):
+            self._positions[i] = position
 
 
 class _Binding:
@@ -168,16 +193,17 @@ class OnnxRuntimeEngine:
             raise EngineError("the engine is closed")
         if not self._owns(cache):
             raise EngineError("the cache belongs to another engine")
-        check_step(self.limits, cache.rows, first_row, input_ids, seqlen_offsets, input_lens, logit_positions)
+        lists = check_step(self.limits, cache.rows, first_row, input_ids, seqlen_offsets, input_lens, logit_positions)
         batch, length = input_ids.shape
         shape = (batch, length, logit_positions.shape[1])
         buffers = self._buffers.get(shape) or self._make_buffers(shape)
-        buffers.input_ids[...] = input_ids
-        buffers.seqlen_offsets[...] = seqlen_offsets
-        buffers.input_lens[...] = input_lens
-        buffers.logit_positions[...] = logit_positions
-        np.add(seqlen_offsets[:, None], buffers.steps, out=buffers.start_offsets_kernel)
-        binding = cache.bindings.get((first_row, batch)) or self._bind_states(cache, first_row, batch)
+        if length <= _SHORT:
+            buffers.write_few(*lists)
+            key: tuple[int, ...] = (first_row, *shape)
+        else:
+            buffers.write(input_ids, seqlen_offsets, input_lens, logit_positions)
+            key = (first_row, batch)
+        binding = cache.bindings.get(key) or self._bind_states(cache, first_row, batch, key)
         if binding.buffers is not buffers:
             self._bind_buffers(binding, buffers)
         if self._device is not None:
@@ -208,7 +234,9 @@ class OnnxRuntimeEngine:
             return isinstance(cache, HostKvCache)
         return getattr(cache, "device", None) is self._device
 
-    def _bind_states(self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int) -> _Binding:
+    def _bind_states(
+        self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int, key: tuple[int, ...]
+    ) -> _Binding:
         assert self._session is not None
         io = self._session.io_binding()
         if not isinstance(cache, HostKvCache):
@@ -216,13 +244,13 @@ class OnnxRuntimeEngine:
                 shape = (batch, layout.heads, layout.positions, layout.dim)
                 io.bind_input(layout.input, "cuda", 0, np.dtype(layout.dtype), shape, address)
                 io.bind_output(layout.output, "cuda", 0, np.dtype(layout.dtype), shape, address)
-            cache.bindings[first_row, batch] = bound = _Binding(io)
+            cache.bindings[key] = bound = _Binding(io)
             return bound
         for state, buffer in zip(self._spec.states, cache.buffers, strict=True):
             rows = _share(buffer[first_row : first_row + batch])
             io.bind_ortvalue_input(state.input, rows)
             io.bind_ortvalue_output(state.output, rows)
-        binding = cache.bindings[first_row, batch] = _Binding(io)
+        binding = cache.bindings[key] = _Binding(io)
         return binding
 
     def _bind_buffers(self, binding: _Binding, buffers: _StepBuffers) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from ... import BundleError, TargetUnavailableError
+from .cpu_threads import granted_cores
 from .ort import onnxruntime as ort
 
 Provider = Literal["cpu", "cuda"]
@@ -21,7 +22,8 @@ def open_session(
 
     Args:
         model: the graph.
-        threads: compute threads; None is one a physical core.
+        threads: compute threads; None is one a physical core that this process may use. If that is the whole machine,
+            ONNX Runtime counts the cores itself and keeps each thread on its own; else the system places the threads.
         provider: which.
         as_stored: compute with the weights as they lie in their file, without copies transposed or packed for speed:
             half the memory, for a graph that runs a few steps only.
@@ -38,8 +40,7 @@ def open_session(
         )
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or granted_cores() or 0  # 0 lets ONNX Runtime choose
     if as_stored:
         options.add_session_config_entry("session.disable_prepacking", "1")
     folding = ["ConstantFolding"] if as_stored else None

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from zonda.runtime.text import Detokenizer, StopStrings
+from zonda.runtime.text import Detokenizer, StopStrings, TokenTexts
 
 CORPUS = [
     "the wind comes down from the mountains, hot and dry",
@@ -73,7 +73,7 @@ TOKENIZERS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "metaspa
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     return "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
 
 
@@ -119,7 +119,7 @@ def _byte_names(alphabet: list[str]) -> dict[str, int]:
 @example("👩‍👩‍👧‍👦🌬️ 你好 é")
 def test_real_text_is_never_shown_in_part_characters(text):
     tokenizer = byte_level()
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     parts = [detokenizer.push(i) for i in tokenizer.encode(text).ids]
     if "\ufffd" not in text:
         assert not any("\ufffd" in part for part in parts)
@@ -129,7 +129,7 @@ def test_real_text_is_never_shown_in_part_characters(text):
 def test_a_whole_character_is_shown_with_the_token_that_completes_it():
     tokenizer = byte_level()
     ids = tokenizer.encode("a✈b").ids  # ✈ is not in the corpus: three tokens of one byte
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     assert [detokenizer.push(i) for i in ids] == ["a", "", "", "✈", "b"]
     assert detokenizer.flush() == ""
 
@@ -137,7 +137,7 @@ def test_a_whole_character_is_shown_with_the_token_that_completes_it():
 def test_words_are_shown_at_once_with_their_spaces():
     tokenizer = byte_fallback()
     ids = [tokenizer.token_to_id(piece) for piece in ("<s>", "▁the", "▁wind", "s", "▁▁", "▁a")]
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     assert [detokenizer.push(i) for i in ids] == ["", "the", " wind", "s", "  ", " a"]
 
 
@@ -145,7 +145,7 @@ def test_a_run_of_byte_tokens_is_shown_when_it_has_ended():
     """Until then a malformed byte may still turn the whole run, the letter A included, into replacement characters."""
     tokenizer = byte_fallback()
     ids = [tokenizer.token_to_id(piece) for piece in ("<0x41>", "<0xE4>", "<0xBD>", "<0xA0>", "s")]
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     assert [detokenizer.push(i) for i in ids] == ["", "", "", "", "A你s"]
     assert streamed(tokenizer, ids[:2]) == tokenizer.decode(ids[:2]) == "\ufffd\ufffd"
 
@@ -154,7 +154,7 @@ def test_malformed_bytes_are_shown_while_more_follow():
     """All but the last replacement character are final, so a stream of garbage does not wait for its end."""
     tokenizer = byte_level()
     first = tokenizer.token_to_id("ä")  # byte 0xE4, which begins a character
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     assert [detokenizer.push(first) for _ in range(4)] == ["", "\ufffd", "\ufffd", "\ufffd"]
     assert detokenizer.flush() == "\ufffd"
 
@@ -162,14 +162,14 @@ def test_malformed_bytes_are_shown_while_more_follow():
 def test_an_unfinished_end_comes_out_with_flush_and_only_once():
     tokenizer = byte_level()
     ids = tokenizer.encode("a✈").ids
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     assert "".join(detokenizer.push(i) for i in ids[:-1]) == "a"
     assert (detokenizer.flush(), detokenizer.flush()) == ("\ufffd", "")
 
 
 def test_special_tokens_and_unknown_ids_have_no_text():
     tokenizer = byte_level()
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     end, wind = tokenizer.token_to_id("<|end|>"), tokenizer.encode("w").ids[0]
     assert [detokenizer.push(i) for i in (end, 10**6, wind, end, 2**31, wind)] == ["", "", "w", "", "", "w"]
 
@@ -181,7 +181,7 @@ def test_the_time_of_a_token_does_not_grow_with_the_text(kind):
     size = tokenizer.get_vocab_size()
     names = {"byte_level": "ä", "byte_fallback": "<0xE4>", "metaspace": "▁"}
     for ids in ([tokenizer.token_to_id(names[kind])] * 3000, [i % size for i in range(3000)], [0] * 3000):
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = Detokenizer(TokenTexts(tokenizer))
         for i in ids:
             detokenizer.push(i)
         taken = min(timeit.repeat(lambda d=detokenizer, i=ids[0]: d.push(i), number=20, repeat=5)) / 20
@@ -259,3 +259,17 @@ def test_without_stop_strings_text_passes():
     cutter = StopStrings([])
     assert cutter.push("anything") == ("anything", None)
     assert cutter.flush() == ""
+
+
+def test_a_known_token_is_not_decoded_again():
+    texts = TokenTexts(byte_level())
+    ids = byte_level().encode("a✈b").ids
+    assert [texts.of(i) for i in ids] == ["a", None, None, None, "b"]
+    texts.tokenizer = None  # whatever would be decoded now, fails
+    detokenizer = Detokenizer(texts)
+    assert [detokenizer.push(i) for i in (ids[0], ids[-1], ids[0])] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("tokenizer", [byte_fallback, metaspace])
+def test_texts_that_depend_on_neighbours_are_not_kept(tokenizer):
+    assert TokenTexts(tokenizer()).of(2) is None

@@ -1,0 +1,111 @@
+"""Speculation against plain decoding: the same prompts, in one process, the two taking turns.
+
+What counts is the ratio of a pair, two runs one after the other; which of them comes first changes from round to round.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .prompts import TEXT
+from .summary import Spread, first_difference
+
+PROMPTS: dict[str, str] = {
+    "summarise": "Summarise this text:\n\n{text}",
+    "rewrite": "Rewrite this code so that it also handles triangles. Give the whole code.\n\n{code}",
+    "explain": "Explain how a foehn wind works.",
+    "story": "Tell me a story about a lighthouse keeper who finds a letter.",
+}
+"""Name -> the user's message."""
+
+_TEXT_CHARACTERS = 1200  # and then back to the end of a sentence
+_CODE = """def area(shape):
+    if shape.kind == "circle":
+        return 3.14159 * shape.radius ** 2
+    if shape.kind == "square":
+        return shape.side ** 2
+    raise ValueError(shape.kind)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One round of one prompt: seconds a token without and with speculation, and what was drafted.
+
+    first_difference: the first token at which the texts differ, None if they are equal.
+    """
+
+    prompt: str
+    plain_s: float
+    drafting_s: float
+    tokens: int
+    drafted: int
+    accepted: int
+    first_difference: int | None
+
+
+def measure_speculation(bundle: Path, threads: int | None, tokens: int, rounds: int) -> list[Pair]:
+    """Run every prompt with and without, greedily, `rounds` times after one that warms up."""
+    from zonda.runtime import Pipeline, SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=tokens)
+    pairs: list[Pair] = []
+    with Pipeline.load(bundle, threads=threads) as pipeline:
+        for turn in range(rounds + 1):
+            for name, message in PROMPTS.items():
+                ids = pipeline.encode(pipeline.render(_message(message)), special_tokens=False)
+                results: dict[str | None, Any] = {}
+                for way in (None, "ngram") if turn % 2 else ("ngram", None):
+                    pipeline.speculate = way
+                    results[way] = pipeline.generate(ids, params)
+                if turn:
+                    pairs.append(_pair(name, results[None], results["ngram"]))
+    return pairs
+
+
+def _message(message: str) -> str:
+    text = TEXT.read_text("utf-8")[:_TEXT_CHARACTERS]
+    return message.format(text=text[: text.rindex(".") + 1], code=_CODE)
+
+
+def _pair(name: str, plain: Any, drafting: Any) -> Pair:
+    def seconds(result: Any) -> float:
+        return float(result.timings.decode_s / max(len(result.token_ids) - 1, 1))
+
+    timings = drafting.timings
+    different = first_difference(plain.token_ids, drafting.token_ids)
+    return Pair(
+        name,
+        seconds(plain),
+        seconds(drafting),
+        len(drafting.token_ids),
+        timings.drafted_tokens,
+        timings.accepted_tokens,
+        different,
+    )
+
+
+def table(pairs: Sequence[Pair]) -> Table:
+    """For people: medians, and the ratio pair by pair."""
+    shown = Table(title="Decoding with speculation against without: median (min–max) of pairs")
+    shown.add_column("prompt", no_wrap=True)
+    for title in ("tokens", "plain tok/s", "drafting tok/s", "×", "drafted", "accepted", "same text"):
+        shown.add_column(title, justify="right")
+    for name in dict.fromkeys(pair.prompt for pair in pairs):
+        own = [pair for pair in pairs if pair.prompt == name]
+        ratio = Spread.of(pair.plain_s / pair.drafting_s for pair in own)
+        differ = [pair.first_difference for pair in own if pair.first_difference is not None]
+        shown.add_row(
+            name,
+            str(own[0].tokens),
+            f"{1 / Spread.of(pair.plain_s for pair in own).median:.1f}",
+            f"{1 / Spread.of(pair.drafting_s for pair in own).median:.1f}",
+            f"{ratio.median:.2f} ({ratio.min:.2f}–{ratio.max:.2f})",
+            f"{Spread.of(pair.drafted for pair in own).median:.0f}",
+            f"{Spread.of(pair.accepted for pair in own).median:.0f}",
+            f"{len(own) - len(differ)} of {len(own)}" + (f", differs from token {min(differ)}" if differ else ""),
+        )
+    return shown
