@@ -22,12 +22,15 @@ from zonda.runtime.manifest import Limits
 DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
+CHUNKS = {"exact": 512, "balanced": 512, "fast": 256}
+"""New tokens of a row in one step, by quality: attention pays for the square of a chunk, and the rest of `fast` is less
+of a step."""
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What the command line says. capacity 0 is min(max_position_embeddings, 4096).
+    """What the command line says. capacity 0 is min(max_position_embeddings, 4096), max_chunk 0 what suits the quality.
 
     compute_capabilities, dtype, plugins: of the TensorRT targets.
     """
@@ -36,7 +39,7 @@ class BuildOptions:
     quality: str = "balanced"
     capacity: int = 0
     max_batch: int = 8
-    max_chunk: int = 512
+    max_chunk: int = 0
     revision: str | None = None
     offline: bool = False
     overwrite: bool = False
@@ -78,6 +81,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
+    from zonda.export.lower.int8 import SHORTEST_PREFILL
     from zonda.export.transformers_reference import prove_eager
     from zonda.models import registry
     from zonda.models.checkpoints import open_checkpoint
@@ -110,7 +114,12 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
                 quantize_modules(module, quantized_forms(module, checkpoint))
         names = match_parameters(module, checkpoint, architecture.ignored)
     quality = options.quality if is_quantized(module) else "exact"
-    estimate = plan.make_plan(module, limits)
+    if quality == "fast" and limits.max_chunk < SHORTEST_PREFILL:
+        raise BuildError(
+            f"--quality fast is for steps of {SHORTEST_PREFILL} tokens and more; with chunks of {limits.max_chunk} there "
+            "are none: raise --max-chunk and --capacity, or use --quality balanced"
+        )
+    estimate = plan.make_plan(module, limits, quality)
     devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]
     if options.dry_run:
         console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
@@ -217,11 +226,11 @@ def _limits(max_positions: int, vocab_size: int, options: BuildOptions) -> Limit
     capacity = options.capacity or min(max_positions, DEFAULT_CAPACITY)
     if capacity > max_positions:
         raise BuildError(f"--capacity {capacity} is more than the {max_positions} positions that the model knows")
-    for name, value in (("capacity", capacity), ("max-batch", options.max_batch), ("max-chunk", options.max_chunk)):
+    chunk = options.max_chunk or CHUNKS[options.quality]
+    for name, value in (("capacity", capacity), ("max-batch", options.max_batch), ("max-chunk", chunk)):
         if value < 1:
             raise BuildError(f"--{name} must be at least 1, found {value}")
-    chunk = min(options.max_chunk, capacity)
-    return Limits(capacity=capacity, max_batch=options.max_batch, max_chunk=chunk, vocab_size=vocab_size)
+    return Limits(capacity=capacity, max_batch=options.max_batch, max_chunk=min(chunk, capacity), vocab_size=vocab_size)
 
 
 def build(
@@ -235,13 +244,16 @@ def build(
         str,
         typer.Option(
             help="Of ONNX Runtime's arithmetic on block-quantised weights. exact: float32. balanced: 8-bit activations."
+            " fast: in prefill 8-bit weights, too."
         ),
     ] = "balanced",
     capacity: Annotated[
         int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
     ] = 0,
     max_batch: Annotated[int, typer.Option(help="Rows in one step.")] = 8,
-    max_chunk: Annotated[int, typer.Option(help="New tokens of a row in one step.")] = 512,
+    max_chunk: Annotated[
+        int, typer.Option(help="New tokens of a row in one step; 0 is 512, and 256 for the quality fast.")
+    ] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is in the local hub cache.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,

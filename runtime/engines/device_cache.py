@@ -70,7 +70,7 @@ class DeviceKvCache:
         self.rows = rows
         self.device = device
         self.layouts = tuple(layouts)
-        self.bindings: dict[tuple[int, int], Any] = {}  # an engine's own, by (first row, batch)
+        self.bindings: dict[tuple[int, int, int], Any] = {}  # an engine's own, by (first row, batch, session)
         self._bases = [base + place for place in places]
         self._addresses: dict[int, tuple[int, ...]] = {}
 

@@ -15,7 +15,7 @@ _PROVIDERS: dict[Provider, list[str]] = {
 
 
 def open_session(
-    model: Path, threads: int | None, provider: Provider, *, as_stored: bool = False
+    model: Path, threads: int | None, provider: Provider, *, as_stored: bool = False, alternating: bool = False
 ) -> ort.InferenceSession:
     """A session on a provider, and on no other in its place.
 
@@ -25,6 +25,8 @@ def open_session(
         provider: which.
         as_stored: compute with the weights as they lie in their file, without copies transposed or packed for speed:
             half the memory, for a graph that runs a few steps only.
+        alternating: with another session on the same cores. Threads that wait for work keep their core busy for a
+            while; these stop as soon as a step is done.
 
     Raises:
         BundleError: ONNX Runtime cannot read the graph.
@@ -40,6 +42,10 @@ def open_session(
     options.log_severity_level = 4  # errors come as exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
+    # Without VNNI a product of uint8 by int8 adds pairs in 16 bits, which saturates; then it is to be made another way.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if alternating:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if as_stored:
         options.add_session_config_entry("session.disable_prepacking", "1")
     folding = ["ConstantFolding"] if as_stored else None
