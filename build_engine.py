@@ -22,7 +22,7 @@ from zonda.runtime.manifest import Limits
 DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
-CHUNKS = {"exact": 512, "balanced": 512, "fast": 256}
+CHUNKS = {"exact": 512, "balanced": 512, "fast": 192}
 """New tokens of a row in one step, by quality: attention pays for the square of a chunk, and the rest of `fast` is less
 of a step."""
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -252,7 +252,7 @@ def build(
     ] = 0,
     max_batch: Annotated[int, typer.Option(help="Rows in one step.")] = 8,
     max_chunk: Annotated[
-        int, typer.Option(help="New tokens of a row in one step; 0 is 512, and 256 for the quality fast.")
+        int, typer.Option(help="New tokens of a row in one step; 0 is 512, and 192 for the quality fast.")
     ] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is in the local hub cache.")] = False,
