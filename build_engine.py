@@ -23,8 +23,8 @@ DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
 CHUNKS = {"exact": 512, "balanced": 512, "fast": 192}
-"""New tokens of a row in one step, by quality: attention pays for the square of a chunk, and the rest of `fast` is less
-of a step."""
+"""New tokens of a row in one step, by quality. Attention computes the whole square of a chunk, half of it for nothing,
+and where the linears are cheaper that weighs more."""
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
