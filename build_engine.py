@@ -116,8 +116,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     quality = options.quality if is_quantized(module) else "exact"
     if quality == "fast" and limits.max_chunk < SHORTEST_PREFILL:
         raise BuildError(
-            f"--quality fast is for steps of {SHORTEST_PREFILL} tokens and more; with chunks of {limits.max_chunk} there "
-            "are none: raise --max-chunk and --capacity, or use --quality balanced"
+            f"--quality fast is for steps of {SHORTEST_PREFILL} tokens and more; with chunks of {limits.max_chunk} "
+            "there are none: raise --max-chunk and --capacity, or use --quality balanced"
         )
     estimate = plan.make_plan(module, limits, quality)
     devices = [device_plan.make_device_plan(module, limits, target) for target in tensorrt]

@@ -179,7 +179,9 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
     if target.name in MODULES:
         files = dict.fromkeys(graph.file for graph in target.graphs)
         if len(files) != 1:
-            raise BundleError(f"{bundle.path}: target {target.name} has {len(files)} plan files; this version runs one")
+            raise BundleError(
+                f"{bundle.path}: target {target.name} has {len(files)} graph files; this version runs one"
+            )
         (file,) = files
         from .engines.tensorrt import TensorRtEngine
 

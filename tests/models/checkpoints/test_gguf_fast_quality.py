@@ -26,6 +26,7 @@ from zonda.models.loading import match_parameters
 from zonda.models.quantize import quantize_modules, quantized_forms
 from zonda.runtime import Pipeline
 from zonda.runtime.bundle import CHECKSUMS, file_sha256, open_bundle
+from zonda.runtime.engines import ort_session
 from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.golden import GOLDEN, Golden
 from zonda.runtime.inspection import inspection_page
@@ -159,6 +160,20 @@ def test_each_graph_runs_its_own_steps_over_the_same_cache(bundle):
     assert not np.array_equal(first, second)  # or the steps above would not tell the graphs apart
 
 
+@pytest.mark.parametrize("graphs", [(onnx_files.LOWERED,), (onnx_files.LOWERED, onnx_files.PREFILL)], ids=["1", "2"])
+def test_only_sessions_that_take_turns_stop_spinning(bundle, monkeypatch, graphs):
+    told = []
+
+    class Options(ort_session.ort.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            told.append((key, value))
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(ort_session.ort, "SessionOptions", Options)
+    engine_of(bundle, *graphs)
+    assert told.count(("session.force_spinning_stop", "1")) == (0 if len(graphs) == 1 else 2)
+
+
 def test_a_closed_engine_runs_neither(bundle):
     engine = engine_of(bundle, onnx_files.LOWERED, onnx_files.PREFILL)
     cache = engine.allocate(1)
@@ -177,16 +192,16 @@ def test_a_bundle_without_the_prefill_graphs_file_is_refused(copy):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda decode, prefill: (decode,),
-        lambda decode, prefill: (prefill,),
-        lambda decode, prefill: (decode, prefill, prefill),
-        lambda decode, prefill: (decode, msgspec.structs.replace(prefill, sequence=(SHORTEST_PREFILL + 1, CHUNK))),
-        lambda decode, prefill: (msgspec.structs.replace(decode, sequence=(2, SHORTEST_PREFILL - 1)), prefill),
+        lambda graphs: graphs[:1],
+        lambda graphs: graphs[1:],
+        lambda graphs: (*graphs, graphs[1]),
+        lambda graphs: (graphs[0], msgspec.structs.replace(graphs[1], sequence=(SHORTEST_PREFILL + 1, CHUNK))),
+        lambda graphs: (msgspec.structs.replace(graphs[0], sequence=(2, SHORTEST_PREFILL - 1)), graphs[1]),
     ],
     ids=["no prefill", "no decode", "two of one", "a gap", "no single token"],
 )
 def test_a_target_whose_graphs_leave_steps_out_is_refused(copy, change):
-    change_manifest(copy, graphs=change(*open_bundle(copy).manifest.targets[0].graphs))
+    change_manifest(copy, graphs=change(open_bundle(copy).manifest.targets[0].graphs))
     with pytest.raises(BundleError, match="one for decode and one for prefill"):
         Pipeline.load(copy)
 
