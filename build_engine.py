@@ -23,15 +23,19 @@ if TYPE_CHECKING:
     from zonda.export.tensorrt_target import PlanOptions
 
 DEFAULT_CAPACITY = 4096
-DEFAULT_CHUNK = 256  # attention computes the whole square of a step's scores: on CPUs 512 is 5 % slower, 64 as well
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
+CHUNKS = {"exact": 256, "balanced": 256, "fast": 192}
+"""New tokens of a row in one step, by quality. Attention computes the whole square of a chunk, half of it for nothing,
+and where the linears are cheaper that weighs more."""
 DTYPES: dict[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What the command line says. capacity 0 is min(max_position_embeddings, 4096). lora: each `PATH[:scale]`.
+    """What the command line says. capacity 0 is min(max_position_embeddings, 4096), max_chunk 0 what suits the quality.
+
+    lora: each `PATH[:scale]`.
 
     compute_capabilities, dtype, plugins: of the TensorRT targets, one plan for each entry of plugins.
     """
@@ -40,7 +44,7 @@ class BuildOptions:
     quality: str = "balanced"
     capacity: int = 0
     max_batch: int = 8
-    max_chunk: int = DEFAULT_CHUNK
+    max_chunk: int = 0
     revision: str | None = None
     offline: bool = False
     lora: tuple[str, ...] = ()
@@ -83,6 +87,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
+    from zonda.export.lower.int8 import SHORTEST_PREFILL
     from zonda.export.transformers_reference import prove_eager
     from zonda.models import registry
     from zonda.models.checkpoints import fetch, open_checkpoint
@@ -127,7 +132,12 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     quality = options.quality if is_quantized(module) else "exact"
     if options.lora:
         console.print(f"merged {len(options.lora)} adapters: {checkpoint.source.format}", markup=False, highlight=False)
-    estimate = plan.make_plan(module, limits)
+    if quality == "fast" and limits.max_chunk < SHORTEST_PREFILL:
+        raise BuildError(
+            f"--quality fast is for steps of {SHORTEST_PREFILL} tokens and more; with chunks of {limits.max_chunk} "
+            "there are none: raise --max-chunk and --capacity, or use --quality balanced"
+        )
+    estimate = plan.make_plan(module, limits, quality)
     devices = [device_plan.make_device_plan(module, limits, wanted.name) for wanted in plans]
     if options.dry_run:
         console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
@@ -242,11 +252,11 @@ def _limits(max_positions: int, vocab_size: int, options: BuildOptions) -> Limit
     capacity = options.capacity or min(max_positions, DEFAULT_CAPACITY)
     if capacity > max_positions:
         raise BuildError(f"--capacity {capacity} is more than the {max_positions} positions that the model knows")
-    for name, value in (("capacity", capacity), ("max-batch", options.max_batch), ("max-chunk", options.max_chunk)):
+    chunk = options.max_chunk or CHUNKS[options.quality]
+    for name, value in (("capacity", capacity), ("max-batch", options.max_batch), ("max-chunk", chunk)):
         if value < 1:
             raise BuildError(f"--{name} must be at least 1, found {value}")
-    chunk = min(options.max_chunk, capacity)
-    return Limits(capacity=capacity, max_batch=options.max_batch, max_chunk=chunk, vocab_size=vocab_size)
+    return Limits(capacity=capacity, max_batch=options.max_batch, max_chunk=min(chunk, capacity), vocab_size=vocab_size)
 
 
 def build(
@@ -260,13 +270,16 @@ def build(
         str,
         typer.Option(
             help="Of ONNX Runtime's arithmetic on block-quantised weights. exact: float32. balanced: 8-bit activations."
+            " fast: in prefill 8-bit weights, too."
         ),
     ] = "balanced",
     capacity: Annotated[
         int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
     ] = 0,
     max_batch: Annotated[int, typer.Option(help="Rows in one step.")] = 8,
-    max_chunk: Annotated[int, typer.Option(help="New tokens of a row in one step.")] = DEFAULT_CHUNK,
+    max_chunk: Annotated[
+        int, typer.Option(help="New tokens of a row in one step; 0 is 256, and 192 for the quality fast.")
+    ] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is in the local hub cache.")] = False,
     lora: Annotated[

@@ -24,7 +24,8 @@ from ..runtime.manifest import (
     TensorSpec,
 )
 from .device_plan import DevicePlan
-from .onnx_files import LOWERED, WEIGHTS
+from .lower.int8 import SHORTEST_PREFILL
+from .onnx_files import LOWERED, PREFILL, WEIGHTS
 from .plan import Plan, gigabytes, kv_bytes_per_token
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -84,7 +85,7 @@ def make_manifest(
     shapes = module.kv_shapes
     source = checkpoint.source
     dequantized = dequantized_types(module, checkpoint)
-    targets = () if parity is None else (_onnxruntime_target(limits, parity, quality),)
+    targets = () if parity is None else (_onnxruntime_target(limits, parity, quality, prefill=PREFILL in files),)
     return Manifest(
         schema=SCHEMA,
         zonda_version=__version__,
@@ -104,11 +105,17 @@ def make_manifest(
     )
 
 
-def _onnxruntime_target(limits: Limits, parity: Parity, quality: str) -> Target:
-    graph = Graph(role="any", file=LOWERED, batch=(1, limits.max_batch), sequence=(1, limits.max_chunk))
+def _onnxruntime_target(limits: Limits, parity: Parity, quality: str, *, prefill: bool) -> Target:
+    rows, last = (1, limits.max_batch), limits.max_chunk
+    graphs: tuple[Graph, ...] = (Graph(role="any", file=LOWERED, batch=rows, sequence=(1, last)),)
+    if prefill:
+        graphs = (
+            Graph(role="decode", file=LOWERED, batch=rows, sequence=(1, SHORTEST_PREFILL - 1)),
+            Graph(role="prefill", file=PREFILL, batch=rows, sequence=(SHORTEST_PREFILL, last)),
+        )
     return Target(
         name="onnxruntime",
-        graphs=(graph,),
+        graphs=graphs,
         weights=(WEIGHTS,),
         dtype="float32",
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS},

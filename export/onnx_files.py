@@ -1,4 +1,7 @@
-"""The ONNX side of a bundle: `onnx/universal.onnx`, `onnx/onnxruntime.onnx`, and the one weight file both read."""
+"""The ONNX side of a bundle: `onnx/universal.onnx`, `onnx/onnxruntime.onnx`, and the one weight file they read.
+
+A bundle of the quality class `fast` has `onnx/prefill.onnx` beside them.
+"""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -13,6 +16,7 @@ from .. import BuildError
 from ..models.checkpoints.base import Checkpoint
 from ..models.loading import parameter_source
 from .functions import MARKERS, register_schemas
+from .lower.int8 import derive
 from .lower.onnxruntime import Lowered
 from .lower.quantized import as_written, widen
 from .weights import attach, missing_data, plan_layout, write_weights
@@ -20,6 +24,7 @@ from .weights import attach, missing_data, plan_layout, write_weights
 DIRECTORY = "onnx"
 UNIVERSAL = f"{DIRECTORY}/universal.onnx"
 LOWERED = f"{DIRECTORY}/onnxruntime.onnx"
+PREFILL = f"{DIRECTORY}/prefill.onnx"
 WEIGHTS = f"{DIRECTORY}/weights.bin"
 
 
@@ -52,18 +57,35 @@ def write(staging: Path, universal: ir.Model, lowered: Lowered | None, load: Cal
         load: initialiser name -> tensor.
     """
     (staging / DIRECTORY).mkdir()
-    graphs = {UNIVERSAL: universal} if lowered is None else {UNIVERSAL: universal, LOWERED: lowered.model}
-    corrections = {} if lowered is None else lowered.corrections
-    widen(universal.graph, corrections)
-    layout = plan_layout(universal, {} if lowered is None else lowered.packs)
-
-    def read(name: str) -> np.ndarray:
-        return as_stored(as_written(name, load(name), load, corrections))
-
-    write_weights(staging / WEIGHTS, layout, missing_data(universal), read)
+    graphs = {UNIVERSAL: universal}
+    lowered = Lowered(universal) if lowered is None else lowered
+    if lowered.model is not universal:
+        graphs[LOWERED] = lowered.model
+    derived = []
+    if lowered.prefill is not None:
+        graphs[PREFILL] = lowered.prefill
+        derived = [lowered.prefill.graph.initializers[name] for name in lowered.derived]
+    widen(universal.graph, lowered.corrections)
+    layout = plan_layout(universal, lowered.packs, derived)
+    read = file_source(lowered, load)
+    names = [*missing_data(universal), *lowered.derived]
+    write_weights(staging / WEIGHTS, layout, names, lambda name: as_stored(read(name)))
     for file, model in graphs.items():
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def file_source(lowered: Lowered | None, load: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """A function: initialiser name -> tensor as the weight file holds it, `load` being its source."""
+
+    def read(name: str) -> Tensor:
+        if lowered is None:
+            return load(name)
+        if name in lowered.derived:
+            return derive(name, lowered.derived, load)
+        return as_written(name, load(name), load, lowered.corrections)
+
+    return read
 
 
 def as_stored(tensor: Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ import psutil
 from .. import BuildError
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
+from ..models.layers import QLinear
 from ..models.quantize import count_weights
 from ..runtime.manifest import Limits
 
@@ -52,10 +53,15 @@ class Plan:
             )
 
 
-def make_plan(model: CausalModel, limits: Limits) -> Plan:
-    """Predict from the model's shapes (on the meta device) and the limits asked for."""
+def make_plan(model: CausalModel, limits: Limits, quality: str = "exact") -> Plan:
+    """Predict from the model's shapes (on the meta device), the limits and the class of quality asked for."""
     unique = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     largest, weights = max(unique.values()), sum(unique.values())
+    if quality == "fast":
+        rounded = [
+            _rounded_bytes(m) for m in model.modules() if isinstance(m, QLinear) and m.shape[0] != limits.vocab_size
+        ]
+        largest, weights = max([largest, *rounded]), weights + sum(rounded)
     shapes = model.kv_shapes
     kv = kv_bytes_per_token(shapes)
     row = kv * (limits.capacity + limits.max_chunk)
@@ -69,6 +75,12 @@ def make_plan(model: CausalModel, limits: Limits) -> Plan:
     why_not = "" if provable else f"it needs {gigabytes(needed)} of memory, the build host had {gigabytes(available)}"
     peak = max(build, needed) if provable else build
     return Plan(count_weights(model), weights + _FILES_BYTES, peak, engine, kv, provable, why_not)
+
+
+def _rounded_bytes(linear: QLinear) -> int:
+    """Of what the prefill graph of the quality `fast` has of a linear: a byte a weight, a scale a row."""
+    rows, columns = linear.shape
+    return rows * (columns + _ITEM)
 
 
 def kv_bytes_per_token(shapes: list[KvShape]) -> int:

@@ -31,9 +31,10 @@ from ..runtime.golden import GOLDEN, Golden
 from ..runtime.manifest import Limits, Parity, ReferenceReport, WeightReport
 from ..runtime.parity import ProofRequest
 from .describe import make_contract
+from .lower.int8 import SHORTEST_PREFILL
 from .lower.onnxruntime import Lowered
 from .lower.quantized import as_written
-from .onnx_files import LOWERED, UNIVERSAL
+from .onnx_files import LOWERED, PREFILL, UNIVERSAL, file_source
 from .weight_proof import WrittenWeights
 
 _TEXTS = (
@@ -119,21 +120,22 @@ def record(
     if data is None:
         raise BuildError("the checkpoint has no tokenizer.json, so no prompts to prove the engine with")
     prompts = golden_prompts(Tokenizer.from_buffer(data), limits)
-    written = WrittenWeights(staging, lowered.packs if lowered is not None else {})
-    corrections = lowered.corrections if lowered is not None else {}
-
-    def load_written(name: str, tensor: Tensor | None = None) -> Tensor:
-        return as_written(name, load(name) if tensor is None else tensor, load, corrections)
+    packs, derived, corrections = (
+        ({}, {}, {}) if lowered is None else (lowered.packs, lowered.derived, lowered.corrections)
+    )
+    written = WrittenWeights(staging, packs, derived)
 
     def load_checked(name: str) -> Tensor:
         tensor = load(name)
-        written.check(name, load_written(name, tensor))
+        written.check(name, as_written(name, tensor, load, corrections))
         return tensor
 
     golden = run_eager(module, load_checked, prompts)
     golden.digest().save(staging / GOLDEN)
     golden.save(staging / _EXACT)
-    return Recorded(staging / _EXACT, [prompt.tolist() for prompt in prompts], written.finish(load_written))
+    return Recorded(
+        staging / _EXACT, [prompt.tolist() for prompt in prompts], written.finish(file_source(lowered, load))
+    )
 
 
 def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, quality: str) -> Proof:
@@ -157,7 +159,9 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
     graphs = {"universal": ProofRequest(str(staging / UNIVERSAL), spec, tight, "float32", True, is_quantized(module))}
     if (staging / LOWERED).is_file():
         allowed = "float32" if quality == "exact" else quality
-        graphs = {"onnxruntime": ProofRequest(str(staging / LOWERED), spec, limits, allowed), **graphs}
+        prefill = (str(staging / PREFILL), SHORTEST_PREFILL) if (staging / PREFILL).is_file() else None
+        request = ProofRequest(str(staging / LOWERED), spec, limits, allowed, prefill=prefill)
+        graphs = {"onnxruntime": request, **graphs}
     proven = {
         name: msgspec.structs.replace(_prove_elsewhere(name, request, recorded.exact), weights=recorded.weights)
         for name, request in graphs.items()

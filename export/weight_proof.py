@@ -3,7 +3,7 @@
 A wrong weight moves logits by little, and the gate on logits has a tolerance; bytes have none.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ParityError
 from ..runtime.manifest import WeightReport
-from .onnx_files import DIRECTORY, LOWERED, UNIVERSAL, as_stored
+from .onnx_files import DIRECTORY, LOWERED, PREFILL, UNIVERSAL, as_stored
 
 Places = dict[str, tuple[int, int]]
 
@@ -22,29 +22,39 @@ _TOGETHER = 1 << 24  # values compared at once: the checks of a large tensor nee
 class WrittenWeights:
     """The weight file of an unfinished bundle, and where its graphs say that each initialiser lies."""
 
-    def __init__(self, staging: Path, packs: Mapping[str, Sequence[str]]) -> None:
-        """Read both graphs.
+    def __init__(self, staging: Path, packs: Mapping[str, Sequence[str]], derived: Collection[str] = ()) -> None:
+        """Read the graphs.
 
         Args:
             staging: the unfinished bundle.
-            packs: packed initialiser of the lowered graph -> its members.
+            packs: packed initialiser of a lowered graph -> its members.
+            derived: initialisers that only a lowered graph has.
 
         Raises:
             ParityError: the graphs do not point at the same bytes.
         """
         self._places, self._file = _places(staging / UNIVERSAL)
         self._path = staging / DIRECTORY / self._file
+        own: Places = {}
+        for graph in (LOWERED, PREFILL):
+            if (staging / graph).is_file():
+                lowered, file = _places(staging / graph)
+                own |= {name: place for name, place in lowered.items() if name in derived and file == self._file}
+                self._require_same(graph, {n: p for n, p in lowered.items() if n not in own}, file, packs)
+        if missing := set(derived) - set(own):
+            raise ParityError(f"no graph in {self._file} has the weight {min(missing)}, which one was lowered with")
+        self._places = self._places | own
         self._left = set(self._places)
         self._compared = 0
-        if not (staging / LOWERED).is_file():
-            return
-        lowered, file = _places(staging / LOWERED)
+
+    def _require_same(self, graph: str, lowered: Places, file: str, packs: Mapping[str, Sequence[str]]) -> None:
+        """Raise unless a lowered graph's weights lie where the universal graph's do."""
         for name, place in lowered.items():
             members = [self._places.get(member, (-1, 0)) for member in packs.get(name, (name,))]
             ends = [start + size for start, size in members]
             joined = (members[0][0], sum(size for _, size in members))
             if file != self._file or place != joined or ends[:-1] != [start for start, _ in members[1:]]:
-                raise ParityError(f"{LOWERED}: the weight {name} does not point at the bytes that {UNIVERSAL} has")
+                raise ParityError(f"{graph}: the weight {name} does not point at the bytes that {UNIVERSAL} has")
 
     def check(self, name: str, tensor: Tensor) -> None:
         """Compare an initialiser with what the checkpoint holds, once; names that no graph has are passed.

@@ -25,8 +25,14 @@ class Layout:
     size: int
 
 
-def plan_layout(model: ir.Model, packs: Packs) -> Layout:
-    """Lay out every initialiser of `model` that has no data, in graph order, members of a pack side by side."""
+def plan_layout(model: ir.Model, packs: Packs, derived: Iterable[ir.Value] = ()) -> Layout:
+    """Lay out every initialiser of `model` that has no data, in graph order, members of a pack side by side.
+
+    Args:
+        model: the universal graph.
+        packs: of the lowered graphs.
+        derived: initialisers that only a lowered graph has; they lie behind all others.
+    """
     pack_of = {members[0]: (name, members) for name, members in packs.items()}
     followers = {member for members in packs.values() for member in members[1:]}
     offsets: dict[str, tuple[int, int]] = {}
@@ -43,6 +49,10 @@ def plan_layout(model: ir.Model, packs: Packs) -> Layout:
             end += length
         if pack is not None:
             offsets[pack] = (start, end - start)
+    for value in derived:
+        start, length = -(-end // _ALIGNMENT) * _ALIGNMENT, nbytes(value)
+        offsets[str(value.name)] = (start, length)
+        end = start + length
     return Layout(offsets, end)
 
 

@@ -50,8 +50,11 @@ def on_this_host(bundle: Bundle, target: Target) -> str:
 
 
 def _form(target: Target) -> str:
-    """The dtype, and what a plan was built for."""
-    words = [target.dtype, *(f"{kind} {form}" for kind, form in target.quantization.items())]
+    """The dtype and class of quality, which steps each graph runs if there are several, and what a plan is for."""
+    words = [target.dtype if target.quality == "exact" else f"{target.dtype}, {target.quality}"]
+    if len({graph.file for graph in target.graphs}) > 1:
+        words += [f"{g.role}: {g.sequence[0]} to {g.sequence[1]} tokens a row" for g in target.graphs]
+    words += [f"{kind} {form}" for kind, form in target.quantization.items()]
     if target.compute_capabilities:
         words.append("for SM " + ", ".join(map(str, target.compute_capabilities)))
     if target.plugins:

@@ -202,12 +202,14 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
         EngineError: TensorRT or the GPU refuses; DeviceMemoryError if memory is what it lacks.
         BundleError: a file of the target is not what it should be.
     """
-    files = dict.fromkeys(graph.file for graph in target.graphs)
-    if len(files) != 1:
-        raise BundleError(f"{bundle.path}: target {target.name} has {len(files)} graph files; this version runs one")
-    (file,) = files
     spec = bundle.manifest.contract
     if target.kind in MODULES:
+        files = dict.fromkeys(graph.file for graph in target.graphs)
+        if len(files) != 1:
+            raise BundleError(
+                f"{bundle.path}: target {target.name} has {len(files)} graph files; this version runs one"
+            )
+        (file,) = files
         from .engines.tensorrt import TensorRtEngine
 
         kernels = bundle.file(target.kernels).read_bytes() if target.kernels else None
@@ -216,7 +218,29 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
     from .engines.onnxruntime import OnnxRuntimeEngine
 
     provider: Literal["cpu", "cuda"] = "cuda" if target.kind == CUDA_PROVIDER else "cpu"
-    return OnnxRuntimeEngine(bundle.file(file), spec, limits, threads=threads, provider=provider)
+    model, prefill = _onnx_graphs(bundle, target)
+    return OnnxRuntimeEngine(model, spec, limits, threads=threads, provider=provider, prefill=prefill)
+
+
+def _onnx_graphs(bundle: Bundle, target: Target) -> tuple[Path, tuple[Path, int] | None]:
+    """The graph for every step, or that for decode; and then that for prefill, with the tokens a row it begins at.
+
+    Raises:
+        BundleError: the target has other graphs than these, or they leave out some lengths.
+    """
+    graphs = {graph.role: graph for graph in target.graphs}
+    if len(target.graphs) == len(graphs):
+        if graphs.keys() == {"any"}:
+            return bundle.file(graphs["any"].file), None
+        if graphs.keys() == {"decode", "prefill"}:
+            decode, prefill = graphs["decode"], graphs["prefill"]
+            if decode.sequence[0] == 1 and decode.sequence[1] + 1 == prefill.sequence[0]:
+                return bundle.file(decode.file), (bundle.file(prefill.file), prefill.sequence[0])
+    found = ", ".join(f"{g.role} ({g.sequence[0]} to {g.sequence[1]} tokens)" for g in target.graphs)
+    raise BundleError(
+        f"{bundle.path}: target {target.name} needs one graph for any step, or one for decode and one for prefill that "
+        f"take every length between them; it has {found or 'none'}"
+    )
 
 
 def _universal(bundle: Bundle) -> tuple[Target, ...]:
@@ -226,7 +250,7 @@ def _universal(bundle: Bundle) -> tuple[Target, ...]:
             target,
             name=CUDA_PROVIDER,
             kind=CUDA_PROVIDER,
-            graphs=tuple(msgspec.structs.replace(graph, file=_UNIVERSAL) for graph in target.graphs),
+            graphs=(msgspec.structs.replace(target.graphs[0], role="any", file=_UNIVERSAL),),
             parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
         )
         for target in bundle.manifest.targets

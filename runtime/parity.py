@@ -23,7 +23,7 @@ from .schedules import Schedule, quick_schedules, schedules
 class ProofRequest(msgspec.Struct, frozen=True):
     """What to prove: a graph for ONNX Runtime by its path, how to drive it, and the thresholds' name.
 
-    as_stored: see `OnnxRuntimeEngine`. quick: see `prove`.
+    as_stored, prefill: see `OnnxRuntimeEngine`. quick: see `prove`.
     """
 
     model: str
@@ -32,6 +32,7 @@ class ProofRequest(msgspec.Struct, frozen=True):
     thresholds: str
     as_stored: bool = False
     quick: bool = False
+    prefill: tuple[str, int] | None = None
 
 
 def prove(
@@ -227,8 +228,13 @@ def main(golden_file: str) -> int:
 
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProofRequest)
     try:
-        model, as_stored = Path(request.model), request.as_stored
-        engine = OnnxRuntimeEngine(model, request.contract, request.limits, as_stored=as_stored)
+        engine = OnnxRuntimeEngine(
+            Path(request.model),
+            request.contract,
+            request.limits,
+            as_stored=request.as_stored,
+            prefill=request.prefill and (Path(request.prefill[0]), request.prefill[1]),
+        )
         golden = Golden.read(Path(golden_file))
         parity = prove(engine, golden, THRESHOLDS[request.thresholds], quick=request.quick)
     except ZondaError as error:

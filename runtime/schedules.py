@@ -11,6 +11,8 @@ from .manifest import Limits
 
 DECODED = 4
 """Tokens at the end of a prompt that come one by one where a schedule is about something else."""
+_QUICK = 24
+"""Tokens of a quick schedule's prompt, at least: with fewer a graph that is for long steps would not run."""
 _SCORED = 32
 """New tokens of a row where the logits of several rows are asked for at once: they would fill the memory."""
 
@@ -60,7 +62,7 @@ def schedules(lengths: Sequence[int], limits: Limits) -> list[Schedule]:
 
 def quick_schedules(lengths: Sequence[int], limits: Limits) -> list[Schedule]:
     """One short prompt: most of it at once, the rest one by one."""
-    short = _short(lengths)
+    short = next((row for row, length in enumerate(lengths) if length >= _QUICK), len(lengths) - 1)
     return [Schedule("quick", (short,), _steps([_prefill_then_decode(lengths[short], limits.max_chunk)]))]
 
 

@@ -210,7 +210,7 @@ def test_a_host_that_can_build_but_not_run_records_the_proof_as_pending(tiny_fol
         ({"capacity": 129}, "--capacity 129 is more than the 128 positions"),
         ({"capacity": -1}, "--capacity must be at least 1"),
         ({"max_batch": 0}, "--max-batch must be at least 1"),
-        ({"max_chunk": 0}, "--max-chunk must be at least 1"),
+        ({"max_chunk": -1}, "--max-chunk must be at least 1"),
         ({"targets": ("abacus",)}, "unknown target 'abacus'; known: onnxruntime"),
         ({"verify": "maybe"}, "--verify is strict or off"),
     ],

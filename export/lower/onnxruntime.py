@@ -3,15 +3,19 @@
 RoPE + KvCacheUpdate + CachedAttention become one GroupQueryAttention, residual add + RmsNorm one
 SkipSimplifiedLayerNormalization, linears multiply by the checkpoint's own (N, K) rows, and the q, k and v of a layer
 are one multiplication. What does not fit a fused operator keeps its marker, and with it its body.
+
+For the quality class `fast` there is a second graph for long steps, whose linears multiply in 8 bits: see `int8`.
 """
 
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 
 import onnx_ir as ir
 
 from ...runtime import contract
 from ..functions import DOMAIN
 from .gather_early import gather_early
+from .int8 import Derived, round_linears
 from .join_linears import join_projections, join_siblings
 from .quantized import Corrections, fuse_quantized
 from .rewrite import MICROSOFT, clean, constant, drop_unused, extent, insert, producer, replace
@@ -27,11 +31,14 @@ class Lowered:
     """model: the graph. packs: new initialiser -> the universal's initialisers whose rows it joins.
 
     corrections: modules whose weights have wider rows than the universal graph's; see `quantized`.
+    prefill: a graph of its own for long steps, or None. derived: initialisers that only it has; see `int8`.
     """
 
     model: ir.Model
     packs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     corrections: Corrections = field(default_factory=dict)
+    prefill: ir.Model | None = None
+    derived: Derived = field(default_factory=dict)
 
 
 def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
@@ -39,15 +46,13 @@ def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
 
     Args:
         universal: the graph.
-        quality: `exact` leaves block-quantised weights to their bodies; any other computes with them.
+        quality: `exact` leaves block-quantised weights to their bodies; any other computes with them. `fast` has a
+            graph for prefill too, if any weights are quantised.
     """
     model = universal.clone()
     model.opset_imports[MICROSOFT] = 1
     packs: dict[str, tuple[str, ...]] = {}
-    fuse_silu(model.graph)
-    fuse_linears(model.graph)
-    fuse_attention(model.graph)
-    join_projections(model.graph, packs)
+    _fuse_layers(model.graph, packs)
     drop_unused(model)
     join_siblings(model.graph, packs)
     drop_unused(model)
@@ -56,8 +61,41 @@ def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
     fuse_experts(model.graph)
     corrections = {} if quality == "exact" else fuse_quantized(model.graph, packs)
     clean(model)
-    used = {name: members for name, members in packs.items() if name in model.graph.initializers}
-    return Lowered(model, used, corrections)
+    lowered = Lowered(model, _used(packs, model.graph), corrections)
+    return _with_prefill(lowered, universal) if quality == "fast" else lowered
+
+
+def _with_prefill(lowered: Lowered, universal: ir.Model) -> Lowered:
+    """With the graph for prefill, in which only the linears of the tokens that want logits are as in the other."""
+    model = universal.clone()
+    model.opset_imports[MICROSOFT] = 1
+    packs: dict[str, tuple[str, ...]] = {}
+    _fuse_layers(model.graph, packs)
+    drop_unused(model)
+    gather_early(model.graph)
+    derived = round_linears(model.graph, packs)
+    if not derived:
+        return lowered
+    drop_unused(model)
+    join_siblings(model.graph, packs)  # the rest: gate and up of the last layer
+    drop_unused(model)
+    fuse_norms(model.graph, with_skip=False)
+    fuse_experts(model.graph)
+    fuse_quantized(model.graph, packs)
+    clean(model)
+    return replace_fields(lowered, packs=lowered.packs | _used(packs, model.graph), prefill=model, derived=derived)
+
+
+def _fuse_layers(graph: ir.Graph, packs: dict[str, tuple[str, ...]]) -> None:
+    """What every graph begins with."""
+    fuse_silu(graph)
+    fuse_linears(graph)
+    fuse_attention(graph)
+    join_projections(graph, packs)
+
+
+def _used(packs: dict[str, tuple[str, ...]], graph: ir.Graph) -> dict[str, tuple[str, ...]]:
+    return {name: members for name, members in packs.items() if name in graph.initializers}
 
 
 def fuse_silu(graph: ir.Graph) -> None:
@@ -83,10 +121,15 @@ def fuse_linears(graph: ir.Graph) -> None:
                 replace(node.outputs[0], product)
 
 
-def fuse_norms(graph: ir.Graph) -> None:
+def fuse_norms(graph: ir.Graph, *, with_skip: bool = True) -> None:
     """RmsNorm -> SimplifiedLayerNormalization, and with the residual add in front SkipSimplifiedLayerNormalization.
 
     The sum is an output of the fused node, so the residual stream is read and written once.
+
+    Args:
+        graph: the graph.
+        with_skip: fuse the add as well. Over many tokens the two nodes are faster than the one: its loops, which add
+            and sum up at once, are not vectorised.
     """
     for node in list(graph):
         if node.op_type not in ("RmsNorm", "QRmsNorm") or node.domain != DOMAIN:
@@ -94,7 +137,7 @@ def fuse_norms(graph: ir.Graph) -> None:
         x, weight = node.inputs[0], _gain(graph, node)
         eps = node.attributes["eps"].as_float()
         add = producer(x, "Add")
-        if add is not None and _same_shape(*add.inputs) and _rank(add.inputs[0]) in (2, 3):
+        if with_skip and add is not None and _same_shape(*add.inputs) and _rank(add.inputs[0]) in (2, 3):
             normed, mean, inverse_std, total = insert(
                 graph,
                 node,

@@ -115,7 +115,10 @@ class _Binding:
 
 
 class OnnxRuntimeEngine:
-    """See `Engine`. One session, one set of input buffers: hold `lock` around a step and the use of its logits."""
+    """See `Engine`. One set of input buffers: hold `lock` around a step and the use of its logits.
+
+    One session, or a second one for long steps, which works on the same inputs, logits and caches.
+    """
 
     def __init__(
         self,
@@ -127,8 +130,9 @@ class OnnxRuntimeEngine:
         provider: Provider = "cpu",
         cuda: Any = None,
         as_stored: bool = False,
+        prefill: tuple[Path, int] | None = None,
     ) -> None:
-        """Open a session.
+        """Open the session, or both: a request begins with its prefill, and a graph that is broken shows here.
 
         Args:
             model: the lowered graph, for `cuda` the universal one; its weights lie beside it and are mapped.
@@ -138,6 +142,7 @@ class OnnxRuntimeEngine:
             provider: where it runs.
             cuda: `cuda.bindings.driver`, or what stands in for it; for `cuda` only.
             as_stored: slower, with half the memory: see `open_session`.
+            prefill: another graph of the same contract, and the tokens a row from which on a step runs it.
 
         Raises:
             BundleError: ONNX Runtime cannot read the graph.
@@ -153,7 +158,12 @@ class OnnxRuntimeEngine:
         self._spec = spec
         self._names = {tensor.role: tensor.name for tensor in spec.inputs}
         self._device: Device | None = None
-        self._session: ort.InferenceSession | None = open_session(model, threads, provider, as_stored=as_stored)
+        long, self._shortest_prefill = prefill or (None, limits.max_chunk + 1)
+        self._sessions = [
+            open_session(file, threads, provider, as_stored=as_stored, alternating=long is not None)
+            for file in (model, long)
+            if file is not None
+        ]
         tokens = limits.max_batch * limits.max_chunk
         self._inputs = {
             role: np.zeros(tokens if len(shape) == 2 else limits.max_batch, dtype)
@@ -189,7 +199,7 @@ class OnnxRuntimeEngine:
         logit_positions: Int64,
     ) -> Float32:
         """See `Engine`."""
-        if self._session is None:
+        if not self._sessions:
             raise EngineError("the engine is closed")
         if not self._owns(cache):
             raise EngineError("the cache belongs to another engine")
@@ -197,12 +207,13 @@ class OnnxRuntimeEngine:
         batch, length = input_ids.shape
         shape = (batch, length, logit_positions.shape[1])
         buffers = self._buffers.get(shape) or self._make_buffers(shape)
+        number = int(length >= self._shortest_prefill)
         if length <= _SHORT:
             buffers.write_few(*lists)
-            key: tuple[int, ...] = (first_row, *shape)
+            key: tuple[int, ...] = (number, first_row, *shape)
         else:
             buffers.write(input_ids, seqlen_offsets, input_lens, logit_positions)
-            key = (first_row, batch)
+            key = (number, first_row, batch)
         binding = cache.bindings.get(key) or self._bind_states(cache, first_row, batch, key)
         if binding.buffers is not buffers:
             self._bind_buffers(binding, buffers)
@@ -210,14 +221,14 @@ class OnnxRuntimeEngine:
             with self._device.entered():
                 self._device.synchronize()  # copies of rows; ONNX Runtime works on a stream of its own
         try:
-            self._session.run_with_iobinding(binding.io)
+            self._sessions[number].run_with_iobinding(binding.io)
         except Exception as error:  # ONNX Runtime raises its own unnamed types
             raise EngineError(f"ONNX Runtime failed in a step of shape {shape}: {error}") from error
         return buffers.logits
 
     def close(self) -> None:
         """See `Engine`."""
-        self._session = None
+        self._sessions.clear()
         if self._device is not None:
             self._device.close()
 
@@ -237,20 +248,18 @@ class OnnxRuntimeEngine:
     def _bind_states(
         self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int, key: tuple[int, ...]
     ) -> _Binding:
-        assert self._session is not None
-        io = self._session.io_binding()
+        io = self._sessions[key[0]].io_binding()
+        binding = cache.bindings[key] = _Binding(io)
         if not isinstance(cache, HostKvCache):
             for layout, address in zip(cache.layouts, cache.addresses(first_row), strict=True):
                 shape = (batch, layout.heads, layout.positions, layout.dim)
                 io.bind_input(layout.input, "cuda", 0, np.dtype(layout.dtype), shape, address)
                 io.bind_output(layout.output, "cuda", 0, np.dtype(layout.dtype), shape, address)
-            cache.bindings[key] = bound = _Binding(io)
-            return bound
+            return binding
         for state, buffer in zip(self._spec.states, cache.buffers, strict=True):
             rows = _share(buffer[first_row : first_row + batch])
             io.bind_ortvalue_input(state.input, rows)
             io.bind_ortvalue_output(state.output, rows)
-        binding = cache.bindings[key] = _Binding(io)
         return binding
 
     def _bind_buffers(self, binding: _Binding, buffers: _StepBuffers) -> None:

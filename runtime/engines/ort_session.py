@@ -1,5 +1,6 @@
 """Opening a graph with ONNX Runtime on one provider, and refusing any other in its place."""
 
+import platform
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,23 @@ _PROVIDERS: dict[Provider, list[str]] = {
 }
 
 
+def products_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor adds pairs of products of uint8 by int8 in 16 bits, as x86 does without VNNI.
+
+    Such a sum saturates. ONNX Runtime then multiplies uint8 by uint8 if it is told to, which takes half as long again.
+    Where the processor cannot be asked (x86 without Linux's /proc/cpuinfo), the answer is yes.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return True
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
+
+
 def open_session(
-    model: Path, threads: int | None, provider: Provider, *, as_stored: bool = False
+    model: Path, threads: int | None, provider: Provider, *, as_stored: bool = False, alternating: bool = False
 ) -> ort.InferenceSession:
     """A session on a provider, and on no other in its place.
 
@@ -27,6 +43,8 @@ def open_session(
         provider: which.
         as_stored: compute with the weights as they lie in their file, without copies transposed or packed for speed:
             half the memory, for a graph that runs a few steps only.
+        alternating: with another session on the same cores. Threads that wait for work keep their core busy for a
+            while; these stop as soon as a step is done.
 
     Raises:
         BundleError: ONNX Runtime cannot read the graph.
@@ -41,6 +59,10 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions
     options.intra_op_num_threads = threads or granted_cores() or 0  # 0 lets ONNX Runtime choose
+    if products_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if alternating:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if as_stored:
         options.add_session_config_entry("session.disable_prepacking", "1")
     folding = ["ConstantFolding"] if as_stored else None

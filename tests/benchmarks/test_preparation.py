@@ -80,7 +80,9 @@ def test_with_nobody_left_the_command_fails_and_says_why(tmp_path):
 
 
 def test_an_unknown_runtime_is_refused_with_the_known_ones():
-    with pytest.raises(BadParameter, match="unknown runtime 'llamacpp'; known: zonda, llama_cpp, ctranslate2, genai, transformers"):
+    with pytest.raises(
+        BadParameter, match="unknown runtime 'llamacpp'; known: zonda, llama_cpp, ctranslate2, genai, transformers"
+    ):
         __main__._known("llamacpp")
 
 

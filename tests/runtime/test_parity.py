@@ -48,9 +48,9 @@ def test_an_honest_engine_passes_and_the_report_counts_its_tokens(golden):
         assert (report.mean_error is None) == (golden.logits is None)
 
 
-def test_the_quick_proof_is_one_prompt():
+def test_the_quick_proof_is_one_prompt_long_enough_for_a_prefill_graph():
     (report,) = prove(MemoryEngine(LIMITS), GOLDEN.digest(), FLOAT32, quick=True).schedules
-    assert report.tokens == 12
+    assert report.tokens == min(len(prompt) for prompt in GOLDEN.prompts if len(prompt) >= 24)
 
 
 class Strayed(MemoryEngine):

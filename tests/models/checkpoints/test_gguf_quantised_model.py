@@ -28,8 +28,11 @@ IDS = np.random.default_rng(0).integers(0, len(TOKENS), (2, 12))
 ATTENTION = "model.layers.0.self_attn"
 
 
-def write(path, embedding: Type, linear: Type, down: Type | None = None, *, tied: bool = True):
-    """A two-layer model with weights of a spread at which every part counts; `down` is for the down projections."""
+def write(path, embedding: Type, linear: Type, down: Type | None = None, *, tied: bool = True, table: float = 1):
+    """A two-layer model with weights of a spread at which every part counts; `down` is for the down projections.
+
+    table: deviation of the embedding, and of a head, whose logits deviate by sqrt(HIDDEN) times that.
+    """
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
     shapes = {
         name.replace("layers.0", f"layers.{layer}"): array.shape
@@ -47,7 +50,7 @@ def write(path, embedding: Type, linear: Type, down: Type | None = None, *, tied
             kind = {"embed_tokens": embedding, "lm_head": embedding, "down_proj": linear if down is None else down}.get(
                 module, linear
             )
-            rows = weight_rows(kind, *shape, 1 if "embed" in name else 2 / shape[1] ** 0.5, seed)
+            rows = weight_rows(kind, *shape, table if "embed" in name else 2 / shape[1] ** 0.5, seed)
             heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(module)
             array = permute(rows, heads) if heads else rows, kind
         tensors[names.get_name(name, (".weight",))] = array

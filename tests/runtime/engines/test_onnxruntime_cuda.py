@@ -81,7 +81,7 @@ def test_past_and_present_are_one_address_on_the_device(engine):
     cache = engine.allocate(2)
     one = np.ones((1, 1), np.int64)
     engine.step(cache, 1, one, np.zeros(1, np.int32), np.ones(1, np.int32), one * 0)
-    (binding,) = engine._session.bindings
+    (binding,) = engine._sessions[0].bindings
     for layout, address in zip(cache.layouts, cache.addresses(1), strict=True):
         assert binding.bound[layout.input] == binding.bound[layout.output] == address
 
