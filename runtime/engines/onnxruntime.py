@@ -189,7 +189,7 @@ class OnnxRuntimeEngine:
         np.add(seqlen_offsets[:, None], buffers.steps, out=buffers.start_offsets_kernel)
         number = int(length >= self._shortest_prefill)
         key = (first_row, batch, number)
-        binding = cache.bindings.get(key) or self._bind_states(cache, key, number)
+        binding = cache.bindings.get(key) or self._bind_states(cache, *key)
         if binding.buffers is not buffers:
             self._bind_buffers(binding, buffers)
         if self._device is not None:
@@ -220,20 +220,20 @@ class OnnxRuntimeEngine:
             return isinstance(cache, HostKvCache)
         return getattr(cache, "device", None) is self._device
 
-    def _bind_states(self, cache: "HostKvCache | DeviceKvCache", key: tuple[int, int, int], session: int) -> _Binding:
-        first_row, batch, _ = key
-        io = self._sessions[session].io_binding()
-        binding = cache.bindings[key] = _Binding(io)
+    def _bind_states(self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int, number: int) -> _Binding:
+        io = self._sessions[number].io_binding()
         if not isinstance(cache, HostKvCache):
             for layout, address in zip(cache.layouts, cache.addresses(first_row), strict=True):
                 shape = (batch, layout.heads, layout.positions, layout.dim)
                 io.bind_input(layout.input, "cuda", 0, np.dtype(layout.dtype), shape, address)
                 io.bind_output(layout.output, "cuda", 0, np.dtype(layout.dtype), shape, address)
-            return binding
+            cache.bindings[first_row, batch, number] = bound = _Binding(io)
+            return bound
         for state, buffer in zip(self._spec.states, cache.buffers, strict=True):
             rows = _share(buffer[first_row : first_row + batch])
             io.bind_ortvalue_input(state.input, rows)
             io.bind_ortvalue_output(state.output, rows)
+        binding = cache.bindings[first_row, batch, number] = _Binding(io)
         return binding
 
     def _bind_buffers(self, binding: _Binding, buffers: _StepBuffers) -> None:
