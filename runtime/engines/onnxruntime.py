@@ -249,17 +249,18 @@ class OnnxRuntimeEngine:
         self, cache: "HostKvCache | DeviceKvCache", first_row: int, batch: int, key: tuple[int, ...]
     ) -> _Binding:
         io = self._sessions[key[0]].io_binding()
-        binding = cache.bindings[key] = _Binding(io)
         if not isinstance(cache, HostKvCache):
             for layout, address in zip(cache.layouts, cache.addresses(first_row), strict=True):
                 shape = (batch, layout.heads, layout.positions, layout.dim)
                 io.bind_input(layout.input, "cuda", 0, np.dtype(layout.dtype), shape, address)
                 io.bind_output(layout.output, "cuda", 0, np.dtype(layout.dtype), shape, address)
-            return binding
+            cache.bindings[key] = bound = _Binding(io)
+            return bound
         for state, buffer in zip(self._spec.states, cache.buffers, strict=True):
             rows = _share(buffer[first_row : first_row + batch])
             io.bind_ortvalue_input(state.input, rows)
             io.bind_ortvalue_output(state.output, rows)
+        binding = cache.bindings[key] = _Binding(io)
         return binding
 
     def _bind_buffers(self, binding: _Binding, buffers: _StepBuffers) -> None:

@@ -210,8 +210,8 @@ class _LastPaddedTokenToGenerate(target.OnnxRuntimeEngine):
 
 
 class _KeysToTheNeighbour(target.OnnxRuntimeEngine):
-    def _bind_states(self, cache, first_row, batch):
-        binding = super()._bind_states(cache, first_row, batch)
+    def _bind_states(self, cache, first_row, batch, key):
+        binding = super()._bind_states(cache, first_row, batch, key)
         for state, buffer in (("present.0.key", 2), ("present.1.key", 0)):
             rows = target._share(cache.buffers[buffer][first_row : first_row + batch])
             binding.io.bind_ortvalue_output(state, rows)
