@@ -6,6 +6,8 @@ from torch import Tensor
 from .blocks import dequantize
 from .precision import widen
 
+_TOGETHER = 1 << 22  # weights that are dequantised at once: a large head needs no float copy of itself
+
 
 @torch.library.custom_op("zonda::q_linear", mutates_args=())
 def q_linear(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, block_size: int) -> Tensor:
@@ -22,9 +24,15 @@ def q_linear(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, b
     Returns:
         (..., N), dtype of x.
     """
-    weight = dequantize(codes, scales, offsets, bits, block_size)
     wide = widen(x)
-    return (wide @ weight.to(wide.dtype).T).to(x.dtype)
+    together = max(1, _TOGETHER // x.shape[-1])
+    products = []
+    for start in range(0, len(codes), together):
+        rows = slice(start, start + together)
+        shift = None if offsets is None else offsets[rows]
+        weight = dequantize(codes[rows], scales[rows], shift, bits, block_size)
+        products.append(wide @ weight.to(wide.dtype).T)
+    return torch.cat(products, -1).to(x.dtype)
 
 
 @q_linear.register_fake

@@ -65,6 +65,7 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if as_stored:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what a step frees is given back
     folding = ["ConstantFolding"] if as_stored else None
     try:
         session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=folding)
