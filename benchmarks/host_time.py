@@ -70,9 +70,9 @@ def measure_host_time(bundle: Path, threads: int | None, tokens: int, rounds: in
         for turn in range(rounds + 1):
             for name, (rows, options) in CASES.items():
                 params = SamplingParams(max_tokens=tokens, ignore_eos=True, **options)
-                timed = engine._session = TimedSession(engine._session)
+                timed = engine._sessions[0] = TimedSession(engine._sessions[0])  # that of decode steps
                 pipeline.generate([PROMPT] * rows, params)
-                engine._session = timed.session
+                engine._sessions[0] = timed.session
                 if turn:  # the first warms up
                     # The last runs are the steps; the time before the first of them belongs to prefill.
                     host[name] += timed.host_s[2 - tokens :]
