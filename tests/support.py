@@ -48,6 +48,13 @@ def randomise(model: nn.Module, seed: int = 0, norm: float = 1.0) -> None:
             parameter.normal_(0, 0.2, generator=generator)
 
 
+def normal_logits(vocab: int, scale: float = 2.0, seed: int = 0) -> np.ndarray:
+    """Logits that nobody may write to, like a view of engine memory that others still need."""
+    logits = (np.random.default_rng(seed).standard_normal(vocab) * scale).astype(np.float32)
+    logits.flags.writeable = False
+    return logits
+
+
 TWO_LAYERS = LlamaConfig.read(
     {
         "vocab_size": 61,
