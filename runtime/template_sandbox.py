@@ -1,10 +1,10 @@
 """The sandbox that chat templates run in: Jinja that cannot reach Python, run for ever, or fill the memory.
 
 A template comes with a checkpoint, so it is foreign code. It sees plain JSON values only, runs in Jinja's immutable
-sandbox, and every way in which a value can grow is bounded before it grows. Knows nothing of messages or models.
+sandbox, and every way in which a value can grow is bounded before it grows; what
+it may call is in `template_functions.py`. Knows nothing of messages or models.
 """
 
-import datetime
 import functools
 import json
 import os
@@ -21,16 +21,17 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS, do_batch, do_indent, do_round, make_attrgetter
+from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, TemplateReference
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Joiner, Namespace
 
 from .. import ChatTemplateError, RequestError
+from . import template_functions as functions
 
 _FILENAME = "<chat template>"
-_OWN_FILES = (_FILENAME, __file__)
+_OWN_FILES = (_FILENAME, __file__, functions.__file__)
 _OWN_FOLDERS = tuple(folder + os.sep for module in (jinja2, json) for folder in module.__path__)
 _MAX_SECONDS = 2.0
 _MAX_EVENTS = 2_000_000  # template lines executed and functions called; a long conversation takes some thousands
@@ -38,8 +39,6 @@ _MAX_SIZE = 4 << 20  # characters and elements of one value, besides four times 
 _MAX_MADE = 64 << 20  # characters and elements of all values that a template makes, besides 64 times the input
 _MAX_DEPTH = 100  # lists within lists; Python itself dies of hashing tuples that are nested a hundred thousand deep
 _MAX_BITS = 4096  # of an integer
-_MAX_FORMAT = 10_000  # characters of a format string
-_MAX_ARGUMENT = 100  # columns that indenting or a format may add; characters of a text that is searched for backwards
 _FILTERS = """
     abs batch capitalize count d default dictsort e escape first float format groupby indent int items join
     last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice
@@ -132,7 +131,7 @@ class _Namespace(Namespace):
     def __init__(*arguments: Any, **attributes: Any) -> None:
         self, *rest = arguments
         Namespace.__init__(self)
-        for name, value in _dict(*rest, **attributes).items():
+        for name, value in functions.dict_(*rest, **attributes).items():
             self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -165,16 +164,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
         )
         self.concat = self._concatenate  # type: ignore[method-assign]
-        own = {"batch": _batch, "format": self._format_filter, "indent": _indent, "join": self._join_filter}
-        own |= {"replace": self._replace, "round": _round, "sum": _sum, "tojson": self._tojson, "trim": _trim}
+        own = {
+            "batch": functions.batch,
+            "format": self._format_filter,
+            "indent": functions.indent,
+            "join": self._join_filter,
+            "replace": self._replace,
+            "round": functions.round_,
+            "sum": functions.sum_,
+            "tojson": self._tojson,
+            "trim": functions.trim,
+        }
         self.filters = {name: self._weighing(own.get(name, FILTERS[name])) for name in _FILTERS.split()}
         self.globals = {
-            "range": _range,
+            "range": functions.range_,
             "namespace": _Namespace,
-            "dict": _dict,
+            "dict": functions.dict_,
             "joiner": Joiner,
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
+            "raise_exception": functions.raise_exception,
+            "strftime_now": functions.strftime_now,
         }
         self._measures: dict[int, tuple[object, int, int]] = {}  # the object is kept, so that its id stays its own
         self._made, self._largest = 0, sys.maxsize
@@ -281,7 +289,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if name == "replace":
             return lambda *arguments: self._replace(text, *arguments)
         if name in _QUADRATIC:
-            return lambda *given, **named: value(*map(_short, given), **{k: _short(v) for k, v in named.items()})
+            return lambda *given, **named: value(
+                *map(functions.require_short, given), **{k: functions.require_short(v) for k, v in named.items()}
+            )
         formatter = super().wrap_str_format(value)
         return None if formatter is None else lambda *given, **named: self._format(text, formatter, *given, **named)
 
@@ -306,18 +316,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._percent(str(form), named or arguments)
 
     def _percent(self, form: str, values: Any) -> str:
-        _require_format(form)
+        functions.require_format(form)
         for width in (width for widths in _CONVERSION.findall(form) for width in widths if width):
-            _require_padding(width)
+            functions.require_padding(width)
         self._require(len(form) + form.count("%") * self._weight(values))
         text: str = form % values
         return text
 
     def _format(self, text: str, formatter: Callable[..., str], *arguments: Any, **named: Any) -> str:
-        _require_format(text)
+        functions.require_format(text)
         fields = [spec for _, _, spec, _ in string.Formatter().parse(text) if spec is not None]
         for width in re.findall(r"[{]|\d+", " ".join(fields)):
-            _require_padding(width)
+            functions.require_padding(width)
         self._require(len(text) + len(fields) * sum(map(self._weight, (*arguments, *named.values()))))
         return formatter(*arguments, **named)
 
@@ -330,8 +340,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         sort_keys: bool = False,
     ) -> str:
         """JSON as HF's templates expect it: not escaped for HTML, other scripts as they are."""
-        _require_padding(0 if indent is None else indent)
-        _require_padding(sum(map(len, separators or ())))
+        functions.require_padding(0 if indent is None else indent)
+        functions.require_padding(sum(map(len, separators or ())))
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         return encoder.encode(value) if indent is None else self._concatenate(encoder.iterencode(value))
 
@@ -385,67 +395,3 @@ def plain(value: Any) -> Any:
 
 def _holds_values(value: Any) -> bool:
     return isinstance(value, _CONTAINERS)
-
-
-def _require_padding(width: int | str) -> None:
-    if str(width) in ("*", "{") or not 0 <= int(width) <= _MAX_ARGUMENT:
-        raise ChatTemplateError(f"the chat template pads to a width of {width}; at most {_MAX_ARGUMENT} is allowed")
-
-
-def _require_format(form: str) -> None:
-    if len(form) > _MAX_FORMAT:
-        raise ChatTemplateError(f"the chat template uses a format of {len(form)} characters; {_MAX_FORMAT} are allowed")
-
-
-def _short(argument: Any) -> Any:
-    """An argument of a search; itself."""
-    if isinstance(argument, str) and len(argument) > _MAX_ARGUMENT:
-        raise ChatTemplateError(f"the chat template searches for {len(argument)} characters at once")
-    return argument
-
-
-def _trim(text: Any, chars: str | None = None) -> str:
-    return (text if isinstance(text, str) else str(text)).strip(_short(chars))
-
-
-def _batch(value: Any, linecount: int, fill_with: Any = None) -> Iterator[list[Any]]:
-    return do_batch(value, len(_range(linecount)), fill_with)
-
-
-def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    _require_padding(len(width) if isinstance(width, str) else width)
-    return do_indent(str(text), width, first, blank)
-
-
-def _round(value: float, precision: int = 0, method: Any = "common") -> float:
-    _require_padding(abs(precision))
-    return do_round(value, precision, method)
-
-
-@jinja2.pass_environment
-def _sum(environment: Sandbox, values: Iterable[Any], attribute: str | int | None = None, start: float = 0) -> float:
-    if not isinstance(start, (int, float)):
-        raise ChatTemplateError("the chat template sums what are not numbers")
-    return sum(values if attribute is None else map(make_attrgetter(environment, attribute), values), start)
-
-
-def _range(*arguments: int) -> range:
-    result = range(*arguments)
-    if len(result) > 100_000:
-        raise ChatTemplateError("the chat template asks for a range that is too long")
-    return result
-
-
-def _dict(pairs: Any = (), /, **named: Any) -> dict[Any, Any]:
-    if len(pairs) > 1000:  # numbers can be chosen so that each is looked up among all others
-        raise ChatTemplateError("the chat template makes a value that is too large")
-    return dict(pairs, **named)
-
-
-def _raise_exception(message: Any) -> NoReturn:
-    raise ChatTemplateError(f"the chat template refuses this conversation: {str(message)[:500]}")
-
-
-def _strftime_now(form: str) -> str:
-    _require_padding(len(form))
-    return datetime.datetime.now().strftime(form)
