@@ -15,42 +15,67 @@ from .rope import RopeConfig, read_rope
 
 
 @dataclass(frozen=True, slots=True)
-class Qwen2MoeConfig(DecoderConfig):
-    """windows: each layer's attention window, 0 for the whole past. sparse: which layers have experts."""
+class QwenMoeConfig(DecoderConfig):
+    """What the families with experts have in common. sparse: which layers have experts, the others an MLP."""
 
     rms_norm_eps: float
-    qkv_bias: bool
-    windows: tuple[int, ...]
     moe_intermediate_size: int
-    shared_expert_intermediate_size: int
     num_experts: int
     num_experts_per_tok: int
     norm_topk_prob: bool
     sparse: tuple[bool, ...]
     rope: RopeConfig
 
+    def experts(self) -> Experts:
+        """The experts of one layer."""
+        sizes = (self.num_experts, self.hidden_size, self.moe_intermediate_size)
+        return Experts(*sizes, top_k=self.num_experts_per_tok, normalize=self.norm_topk_prob)
+
+
+def read_qwen_moe(read: ConfigReader, *, experts: int, chosen: int, width: int) -> dict[str, Any]:
+    """The fields of `QwenMoeConfig`; experts, chosen and width are the family's defaults.
+
+    Raises:
+        ConfigError: a value is missing or not supported.
+    """
+    read.choice("hidden_act", ("silu",), "silu")
+    decoder = read_decoder(read)
+    count = read.integer("num_local_experts" if read.has("num_local_experts") else "num_experts", experts)
+    step, dense = read.integer("decoder_sparse_step", 1), read.integers("mlp_only_layers", None, ())
+    layers = range(decoder["num_hidden_layers"])
+    return {
+        **decoder,
+        "rms_norm_eps": read.number("rms_norm_eps", 1e-6),
+        "moe_intermediate_size": read.integer("moe_intermediate_size", width),
+        "num_experts": count,
+        "num_experts_per_tok": read.integer("num_experts_per_tok", chosen, maximum=count),
+        "norm_topk_prob": read.boolean("norm_topk_prob", False),
+        "sparse": tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers),
+        "rope": read_rope(read, decoder["head_dim"]),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen2MoeConfig(QwenMoeConfig):
+    """windows: each layer's attention window, 0 for the whole past."""
+
+    qkv_bias: bool
+    windows: tuple[int, ...]
+    shared_expert_intermediate_size: int
+
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Qwen2MoeConfig":
         """Read config.json as a mapping; raises `ConfigError` on what Qwen 2 MoE does not compute."""
         read = ConfigReader(values)
-        read.choice("hidden_act", ("silu",), "silu")
-        decoder = read_decoder(read)
-        layers, experts = decoder["num_hidden_layers"], read.integer("num_experts", 60)
-        step, dense = read.integer("decoder_sparse_step", 1), read.integers("mlp_only_layers", None, ())
+        common = read_qwen_moe(read, experts=60, chosen=4, width=1408)
+        layers = range(common["num_hidden_layers"])
         window = read.integer_or_off("sliding_window", 4096) if read.boolean("use_sliding_window", False) else 0
         last = read.integer("max_window_layers", 28, minimum=0) if window else 0
         return cls(
-            **decoder,
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            **common,
             qkv_bias=read.boolean("qkv_bias", True),
-            windows=read_windows(read, window, [layer < last and layer % 2 == 0 for layer in range(layers)]),
-            moe_intermediate_size=read.integer("moe_intermediate_size", 1408),
+            windows=read_windows(read, window, [layer < last and layer % 2 == 0 for layer in layers]),
             shared_expert_intermediate_size=read.integer("shared_expert_intermediate_size", 5632),
-            num_experts=experts,
-            num_experts_per_tok=read.integer("num_experts_per_tok", 4, maximum=experts),
-            norm_topk_prob=read.boolean("norm_topk_prob", False),
-            sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
-            rope=read_rope(read, decoder["head_dim"]),
         )
 
 
@@ -76,10 +101,8 @@ class Qwen2Moe(Decoder):
         def mlp(sparse: bool) -> nn.Module:
             if not sparse:
                 return GatedMlp(cfg.hidden_size, cfg.intermediate_size, "silu")
-            sizes = (cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
-            experts = Experts(*sizes, top_k=cfg.num_experts_per_tok, normalize=cfg.norm_topk_prob)
             shared_expert = GatedMlp(cfg.hidden_size, cfg.shared_expert_intermediate_size, "silu")
-            return SharedExpertMoe(cfg.hidden_size, experts, shared_expert)
+            return SharedExpertMoe(cfg.hidden_size, cfg.experts(), shared_expert)
 
         layers = [
             Block(
@@ -95,15 +118,18 @@ class Qwen2Moe(Decoder):
 
 _EXPERTS = "model.layers.{layer}.mlp.experts"
 
+QWEN_STACKS = (
+    Stack(
+        f"{_EXPERTS}.gate_up_proj",
+        (f"{_EXPERTS}.{{expert}}.gate_proj.weight", f"{_EXPERTS}.{{expert}}.up_proj.weight"),
+    ),
+    Stack(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.{{expert}}.down_proj.weight",)),
+)
+"""The experts of a checkpoint, each by itself, as `Experts` holds them."""
+
 QWEN2_MOE = Architecture(
     names=("Qwen2MoeForCausalLM",),
     read_config=Qwen2MoeConfig.read,
     build=Qwen2Moe,
-    stacks=(
-        Stack(
-            f"{_EXPERTS}.gate_up_proj",
-            (f"{_EXPERTS}.{{expert}}.gate_proj.weight", f"{_EXPERTS}.{{expert}}.up_proj.weight"),
-        ),
-        Stack(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.{{expert}}.down_proj.weight",)),
-    ),
+    stacks=QWEN_STACKS,
 )

@@ -6,48 +6,29 @@ from typing import Any
 
 from torch import nn
 
-from .architecture import Architecture, GgufFacts, GgufLayout, Stack
-from .config import ConfigReader, DecoderConfig, read_decoder
+from .architecture import Architecture, GgufFacts, GgufLayout
+from .config import ConfigReader
 from .decoder import GGUF_TENSORS, Block, Decoder, GatedMlp, QkNormAttention, SparseMoe
-from .layers import Experts, RmsNorm, RotaryEmbedding
-from .rope import RopeConfig, read_rope
+from .layers import RmsNorm, RotaryEmbedding
+from .qwen2_moe import QWEN_STACKS, QwenMoeConfig, read_qwen_moe
 
 
 @dataclass(frozen=True, slots=True)
-class Qwen3MoeConfig(DecoderConfig):
-    """sliding_window: of every layer's attention, 0 for the whole past. sparse: which layers have experts."""
+class Qwen3MoeConfig(QwenMoeConfig):
+    """sliding_window: of every layer's attention, 0 for the whole past."""
 
-    rms_norm_eps: float
     attention_bias: bool
     sliding_window: int
-    moe_intermediate_size: int
-    num_experts: int
-    num_experts_per_tok: int
-    norm_topk_prob: bool
-    sparse: tuple[bool, ...]
-    rope: RopeConfig
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Qwen3MoeConfig":
         """Read config.json as a mapping; raises `ConfigError` on what Qwen 3 MoE does not compute."""
         read = ConfigReader(values)
-        read.choice("hidden_act", ("silu",), "silu")
-        decoder = read_decoder(read)
-        count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-        layers, experts = decoder["num_hidden_layers"], read.integer(count, 128)
-        step, dense = read.integer("decoder_sparse_step", 1), read.integers("mlp_only_layers", None, ())
         windowed = read.boolean("use_sliding_window", False)
         return cls(
-            **decoder,
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            **read_qwen_moe(read, experts=128, chosen=8, width=768),
             attention_bias=read.boolean("attention_bias", False),
             sliding_window=read.integer_or_off("sliding_window", 4096) if windowed else 0,
-            moe_intermediate_size=read.integer("moe_intermediate_size", 768),
-            num_experts=experts,
-            num_experts_per_tok=read.integer("num_experts_per_tok", 8, maximum=experts),
-            norm_topk_prob=read.boolean("norm_topk_prob", False),
-            sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
-            rope=read_rope(read, decoder["head_dim"]),
         )
 
 
@@ -60,9 +41,7 @@ class Qwen3Moe(Decoder):
         def mlp(sparse: bool) -> nn.Module:
             if not sparse:
                 return GatedMlp(cfg.hidden_size, cfg.intermediate_size, "silu")
-            sizes = (cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size)
-            experts = Experts(*sizes, top_k=cfg.num_experts_per_tok, normalize=cfg.norm_topk_prob)
-            return SparseMoe(cfg.hidden_size, experts)
+            return SparseMoe(cfg.hidden_size, cfg.experts())
 
         layers = [
             Block(
@@ -93,8 +72,6 @@ def _gguf_config(facts: GgufFacts) -> dict[str, Any]:
     return {"norm_topk_prob": True, **{name: facts.keys[key] for key, name in names.items() if key in facts.keys}}
 
 
-_EXPERTS = "model.layers.{layer}.mlp.experts"
-
 QWEN3_MOE = Architecture(
     names=("Qwen3MoeForCausalLM",),
     read_config=Qwen3MoeConfig.read,
@@ -113,11 +90,5 @@ QWEN3_MOE = Architecture(
         },
         config=_gguf_config,
     ),
-    stacks=(
-        Stack(
-            f"{_EXPERTS}.gate_up_proj",
-            (f"{_EXPERTS}.{{expert}}.gate_proj.weight", f"{_EXPERTS}.{{expert}}.up_proj.weight"),
-        ),
-        Stack(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.{{expert}}.down_proj.weight",)),
-    ),
+    stacks=QWEN_STACKS,
 )
