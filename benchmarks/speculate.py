@@ -17,7 +17,8 @@ from .prompts import TEXT
 from .summary import Spread, first_difference
 
 PROMPTS: dict[str, str] = {
-    "summarise": "Summarise this text:\n\n{text}",
+    "summarise": "{text}\n\nSummarise this text.",
+    "summarise a page": "Summarise this text:\n\n{page}",
     "rewrite": "Rewrite this code so that it also handles triangles. Give the whole code.\n\n{code}",
     "explain": "Explain how a foehn wind works.",
     "story": "Tell me a story about a lighthouse keeper who finds a letter.",
@@ -25,7 +26,6 @@ PROMPTS: dict[str, str] = {
 """Name -> the user's message."""
 
 _SHOWN = 20  # likeliest tokens that are looked through
-_TEXT_CHARACTERS = 1200  # and then back to the end of a sentence
 _CODE = """def area(shape):
     if shape.kind == "circle":
         return 3.14159 * shape.radius ** 2
@@ -76,8 +76,13 @@ def measure_speculation(bundle: Path, threads: int | None, tokens: int, rounds: 
 
 
 def _message(message: str) -> str:
-    text = TEXT.read_text("utf-8")[:_TEXT_CHARACTERS]
-    return message.format(text=text[: text.rindex(".") + 1], code=_CODE)
+    return message.format(text=_beginning(2200), page=_beginning(1200), code=_CODE)
+
+
+def _beginning(characters: int) -> str:
+    """At most so many characters of the text, to the end of a sentence."""
+    text = TEXT.read_text("utf-8")[:characters]
+    return text[: text.rindex(".") + 1]
 
 
 def _gap(pipeline: Any, ids: list[int], a: Sequence[int], b: Sequence[int], place: int) -> float:
