@@ -16,7 +16,7 @@ from .. import BuildError
 from ..models.checkpoints.base import Checkpoint
 from ..models.loading import parameter_source
 from .functions import MARKERS, register_schemas
-from .lower.int8 import derive
+from .lower.int8 import derived_source
 from .lower.onnxruntime import Lowered
 from .lower.quantized import as_written, widen
 from .weights import attach, missing_data, plan_layout, write_weights
@@ -77,12 +77,13 @@ def write(staging: Path, universal: ir.Model, lowered: Lowered | None, load: Cal
 
 def file_source(lowered: Lowered | None, load: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     """A function: initialiser name -> tensor as the weight file holds it, `load` being its source."""
+    if lowered is None:
+        return load
+    derived = derived_source(lowered.derived, load)
 
     def read(name: str) -> Tensor:
-        if lowered is None:
-            return load(name)
         if name in lowered.derived:
-            return derive(name, lowered.derived, load)
+            return derived(name)
         return as_written(name, load(name), load, lowered.corrections)
 
     return read

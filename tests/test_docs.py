@@ -78,3 +78,18 @@ def test_the_guide_names_what_exists():
     for name in re.findall(r"`([A-Za-z]+)\(", guide) + re.findall(r"`([A-Z][A-Za-z]+)`", guide):
         if name not in ("Cache", "B", "K", "V"):
             assert name in known or name in ("Loader",), name
+
+
+def test_the_table_of_thresholds_is_the_one_in_use():
+    from zonda.runtime.metrics import THRESHOLDS
+
+    rows = re.findall(
+        r"^\| (\w+) \| ([\d.e+-]+) \| ([\d.e+-]+) \| ([\d.e+-]+) \| ([\d.e+-]+) \|$",
+        (ROOT / "docs/parity.md").read_text(),
+        re.MULTILINE,
+    )
+    assert {name for name, *_ in rows} == THRESHOLDS.keys()
+    for name, *figures in rows:
+        t = THRESHOLDS[name]
+        wanted = (t.max_error, t.relative_error, t.norm_ratio, t.kv_error)
+        assert [float(figure) for figure in figures] == pytest.approx(wanted, rel=0.05), name  # two digits

@@ -7,6 +7,7 @@ are some in every model, then costs its own token precision and no other. The we
 a scale a row, and lie beside the blocks that they come from: the product of bytes wants them transposed.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -73,10 +74,22 @@ Derived = Mapping[str, Int8Weight]
 """Initialiser that only the prefill graph has (`model.layers.0.mlp.up_proj.int8`) -> what it is made of."""
 
 
-def derive(name: str, derived: Derived, load: Callable[[str], Tensor]) -> Tensor:
-    """What the weight file holds of an initialiser of `derived`: (K, N) int8, or the scales (N,) float32."""
-    weight, scales = derived[name].derive(load)
-    return scales if name.endswith(_SCALES) else weight
+def derived_source(derived: Derived, load: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """A function: initialiser of `derived` -> what the weight file holds, (K, N) int8 or the scales (N,) float32.
+
+    A weight and its scales that are asked for one after the other are rounded once.
+
+    Args:
+        derived: of the lowering.
+        load: initialiser name -> tensor, for the blocks.
+    """
+    round_once = functools.lru_cache(maxsize=1)(lambda weight: weight.derive(load))
+
+    def read(name: str) -> Tensor:
+        weight, scales = round_once(derived[name])
+        return scales if name.endswith(_SCALES) else weight
+
+    return read
 
 
 _WEIGHT, _SCALES = ".int8", ".int8.scales"

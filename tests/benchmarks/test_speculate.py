@@ -19,10 +19,27 @@ def test_a_pair_has_times_drafts_and_the_first_difference(tiny_bundle, monkeypat
 
 
 def test_the_ratio_is_that_of_pairs_and_differences_are_shown():
-    pairs = [Pair("x", 0.2, 0.1, 9, 4, 3, None), Pair("x", 0.3, 0.1, 9, 4, 3, 5), Pair("x", 0.1, 0.1, 9, 4, 3, None)]
+    pairs = [
+        Pair("x", 0.2, 0.1, 9, 4, 3, None),
+        Pair("x", 0.3, 0.1, 9, 4, 3, 5, 0.0123),
+        Pair("x", 0.1, 0.1, 9, 4, 3, None),
+    ]
     (row,) = zip(*(column.cells for column in speculate.table(pairs).columns), strict=True)
     assert row[4] == "2.00 (1.00–3.00)"
-    assert row[-1] == "2 of 3, differs from token 5"
+    assert row[-1] == "2 of 3; token 5: 0.012 nats"
+
+
+def test_the_gap_is_between_the_two_tokens_after_what_is_common(tiny_bundle):
+    from zonda.runtime import Pipeline, SamplingParams
+
+    with Pipeline.load(tiny_bundle, threads=1) as pipeline:
+        ids = pipeline.encode("the wind")
+        greedy = SamplingParams(temperature=0.0, max_tokens=3, logprobs=20, ignore_eos=True)
+        result = pipeline.generate(ids, greedy)
+        first, second = result.logprobs[2].top_logprobs[:2]
+        other = [*result.token_ids[:2], second.token_id]
+        gap = speculate._gap(pipeline, ids, result.token_ids, other, 2)
+        assert gap == pytest.approx(first.logprob - second.logprob, abs=1e-3)
 
 
 def test_host_times_are_of_decode_steps_only(tiny_bundle, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from zonda.export.functions import DOMAIN
 from zonda.export.lower import int8
-from zonda.export.lower.int8 import Int8Weight, derive, round_linears
+from zonda.export.lower.int8 import Int8Weight, derived_source, round_linears
 from zonda.export.lower.rewrite import MICROSOFT, drop_unused
 from zonda.models.ops.blocks import dequantize
 from zonda.runtime import contract
@@ -70,8 +70,9 @@ class Graph:
         model = ir.Model(self.graph, ir_version=11)
         derived = round_linears(self.graph, {})
         drop_unused(model)
+        source = derived_source(derived, self.state.__getitem__)
         for name in derived:
-            self.graph.initializers[name].const_value = ir.tensor(derive(name, derived, self.state.__getitem__).numpy())
+            self.graph.initializers[name].const_value = ir.tensor(source(name).numpy())
         path = folder / "graph.onnx"
         ir.save(model, path)
         session = open_session(path, 1, "cpu")

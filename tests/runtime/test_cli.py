@@ -101,3 +101,35 @@ def test_a_reader_that_goes_away_is_no_traceback(tiny_bundle):
     command = " ".join(map(repr, [*ZONDA, "generate", str(tiny_bundle), "the wind", "--max-tokens", "60"]))
     result = subprocess.run(["bash", "-c", f"{command} | true"], capture_output=True, text=True, check=False)
     assert "Traceback" not in result.stderr
+
+
+def test_speculation_changes_no_text_and_says_what_was_accepted(tiny_bundle):
+    arguments = (
+        "generate",
+        tiny_bundle,
+        "the wind the wind the wind",
+        "--temperature",
+        0,
+        "--max-tokens",
+        60,
+        "--timings",
+    )
+    plain, drafting = zonda(*arguments), zonda(*arguments, "--speculate", "ngram")
+    assert plain.stdout == drafting.stdout
+    assert "drafted" not in plain.stderr
+    refused = zonda(*arguments, "--speculate", "draft")
+    assert (refused.returncode, "speculate must be 'ngram'" in refused.stderr) == (1, True)
+
+
+def test_threads_can_come_from_the_environment(tiny_bundle, monkeypatch):
+    monkeypatch.setenv("ZONDA_THREADS", "0")
+    assert "threads must be at least 1, found 0" in zonda("generate", tiny_bundle, "hi").stderr
+
+
+def test_generating_loads_nothing_that_prints_tables(tiny_bundle):
+    script = (
+        "import sys; from zonda.runtime.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "print([m for m in ('rich.console', 'rich.table') if m in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", script, "generate", str(tiny_bundle), "hi", "--max-tokens", "1"]
+    assert subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.endswith("[]\n")
