@@ -35,9 +35,8 @@ DTYPES: dict[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": 
 class BuildOptions:
     """What the command line says. capacity 0 is min(max_position_embeddings, 4096), max_chunk 0 what suits the quality.
 
-    lora: each `PATH[:scale]`.
-
-    compute_capabilities, dtype, plugins: of the TensorRT targets, one plan for each entry of plugins.
+    lora: each `PATH[:scale]`. compute_capabilities, dtype, plugins: of the TensorRT targets, a
+    plan for each entry of plugins.
     """
 
     targets: tuple[str, ...] = ("onnxruntime",)

@@ -11,18 +11,22 @@ from onnx import TensorProto, helper
 from support import TWO_LAYERS, Eager, Lowered, PlainOnnx, open_engine, randomise, run_scenario
 
 from zonda import ParityError
+from zonda.export.describe import make_contract
 from zonda.export.functions import DOMAIN, MARKERS, VERSION
 from zonda.export.lower.onnxruntime import lower
 from zonda.export.lower.quantized import Correction, as_written, fuse_quantized
 from zonda.export.onnx_files import LOWERED, UNIVERSAL, WEIGHTS, check, write
 from zonda.export.universal import export_universal
 from zonda.export.weight_proof import WrittenWeights
+from zonda.models.layers import BlockQuantizedWeight, QEmbedding
 from zonda.models.llama import Llama
 from zonda.models.ops.blocks import dequantize, pack, unpack
 from zonda.models.quantization import Form
 from zonda.models.quantize import quantize_modules
 from zonda.runtime import metrics
+from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.engines.ort import onnxruntime as ort
+from zonda.runtime.manifest import Limits
 
 HALF_STEP = 1 / 254
 """Of a block's largest |x|: what rounding to -127 … 127 moves an activation by, at most."""
@@ -165,9 +169,15 @@ def exported(tmp_path_factory):
     """Directory, eager model, meta module, lowered graph, and the loader of parameters."""
     directory, model = tmp_path_factory.mktemp("quantised"), build(ROWS).eval()
     randomise(model)
-    for name, parameter in model.named_parameters():
-        if name.endswith("offsets"):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, BlockQuantizedWeight):  # weights of a spread at which every part counts
+            spread = (1 if isinstance(module, QEmbedding) else 2 / module.shape[1] ** 0.5) / (
+                0.29 * 2**module.form.bits
+            )
+            module.scales.copy_(spread * torch.empty_like(module.scales).uniform_(0.5, 1.5, generator=generator))
+            if module.offsets is not None:
+                module.offsets.copy_(module.scales * torch.randn(module.scales.shape, generator=generator))
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     module, lowered = export(directory, state.__getitem__, "balanced")
     return directory, model, module, lowered, state.__getitem__
@@ -195,6 +205,58 @@ def test_the_engine_is_within_the_gate_of_its_class(exported):
     assert found.relative_error.max() < thresholds.relative_error / 4
     assert found.kl.mean() < thresholds.kl
     assert found.relative_error.max() > 1e-4  # it does round
+
+
+def no_corrections(graph):
+    for tensor in graph.initializer:
+        if tensor.name.startswith("sums_of_"):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(tensor), tensor.name))
+
+
+def swap_gate_and_up(graph):
+    split = next(node for node in graph.node if node.op_type == "Split")
+    first, second = split.output
+    split.output[:] = [second, first]
+
+
+def drop_a_residual(graph):
+    norm = next(node for node in graph.node if node.op_type == "SkipSimplifiedLayerNormalization")
+    norm.input[0] = norm.input[1]
+
+
+def set_in_attention(name, value):
+    def plant(graph):
+        for node in graph.node:
+            if node.op_type == "GroupQueryAttention":
+                next(attribute for attribute in node.attribute if attribute.name == name).i = value
+
+    return plant
+
+
+FAULTS = {
+    "offsets dropped": no_corrections,
+    "gate and up swapped": swap_gate_and_up,
+    "a residual dropped": drop_a_residual,
+    "rotary interleaved": set_in_attention("rotary_interleaved", 1),
+    "no rotary": set_in_attention("do_rotary", 0),
+    "a window of 3": set_in_attention("local_window_size", 3),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_gate_of_the_class_sees_what_is_wrong_and_not_merely_rounded(exported, fault):
+    """By the divergence of a schedule's tokens: the bounds for a single token are loose on purpose."""
+    directory, model, module, _, _ = exported
+    wrong = onnx.load(directory / LOWERED, load_external_data=False)
+    FAULTS[fault](wrong.graph)
+    path = directory / LOWERED.replace("onnxruntime", fault.replace(" ", "_"))
+    path.write_bytes(wrong.SerializeToString())
+    tokens, steps = np.random.default_rng(0).integers(0, 61, (2, 12)), [[7, 4], [1, 1], [3, 5]]
+    wanted = np.concatenate(run_scenario(Eager(model, 2, ROWS), tokens, steps))
+    limits = Limits(capacity=20, max_batch=4, max_chunk=12, vocab_size=61)
+    engine = OnnxRuntimeEngine(path, make_contract(module.kv_shapes, 61), limits, threads=1)
+    found = metrics.deviations(wanted, np.concatenate(run_scenario(Lowered(engine, 2), tokens, steps)))
+    assert found.kl.mean() > metrics.THRESHOLDS["balanced"].kl
 
 
 def test_every_linear_is_fused_and_what_shares_an_input_is_one(exported):
