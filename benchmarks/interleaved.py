@@ -1,9 +1,9 @@
-"""The measurement: every peer in a process of its own, taking turns, in an order that rotates from round to round.
+"""The measurement: every runtime in a process of its own, taking turns, in an order that rotates from round to round.
 
-Load times come first, each in a fresh process, the peers taking turns there too; the processes of the last turn stay
-for the runs. A round is one run of every peer at every prompt length, each round on another stretch of the text (no
-prefix cache helps). A round during which other processes used the machine is measured again, up to twice as many
-rounds as were asked for.
+Starts come first, each a fresh process that loads and generates one token, the runtimes taking turns there too; the
+first turn only fills the page cache, the processes of the last stay for the runs. A round is one run of every runtime
+in every case, each round on another stretch of the text (no prefix cache helps). A round during which other processes
+used the machine is measured again, up to twice as many rounds as were asked for. Logits are compared last.
 """
 
 import time
@@ -11,47 +11,57 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from . import UnavailableError
 from .machine import QUIET_CORES, busy_seconds, wait_until_quiet
+from .peer import disk_mb
+from .plan import Case, Plan
 from .process import Worker
+from .quality import Quality, compare_logits
 from .summary import Run
 
+COLD_PROMPT_TOKENS = 8
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to measure. text_ids: the text that prompts are cut from."""
-
-    prompt_tokens: tuple[int, ...]
-    new_tokens: int
-    pairs: int
-    threads: int
-    loads: int
-    text_ids: tuple[int, ...]
-    wait_s: float = 30.0
-
-    def prompt(self, length: int, number: int) -> list[int]:
-        """The prompt of one round: `length` tokens from a start that moves on with the round's number."""
-        start = 37 * number  # any step that keeps the starts of some dozens of rounds apart
-        return [self.text_ids[(start + i) % len(self.text_ids)] for i in range(length)]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """A peer as a process to start: the worker's command, and the model it loads."""
+    """A runtime as a process to start: the worker's command, and the model it loads."""
 
     name: str
+    title: str
     command: tuple[str | Path, ...]
     model: Path
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A case that a runtime cannot run, and why."""
+
+    peer: str
+    case: Case
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
-    """Everything measured. quiet_rounds: those in which nothing else used the machine."""
+    """Everything measured, by the participants' names.
+
+    load_s: importing the runtime and loading the model. cold_start_s: from the start of the process to its first token
+    on the pipe. peak_rss_mb: by batch, after the cases of that batch and of smaller ones. disk_mb: of what is loaded.
+    quiet_rounds: those in which nothing else used the machine.
+    """
 
     load_s: Mapping[str, tuple[float, ...]]
-    peak_rss_mb: Mapping[str, float]
+    cold_start_s: Mapping[str, tuple[float, ...]]
+    peak_rss_mb: Mapping[str, Mapping[int, float]]
+    disk_mb: Mapping[str, float]
     runs: tuple[Run, ...]
     quiet_rounds: tuple[int, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    quality: tuple[Quality, ...] = ()
 
     def counted(self, pairs: int) -> tuple[Run, ...]:
         """The runs that the summary counts: of the quiet rounds if there are as many as half the pairs, else all."""
@@ -61,51 +71,90 @@ class Measurement:
 
 
 def measure(
-    participants: Sequence[Participant], plan: Plan, logs: Path, progress: Callable[[str], None] = lambda _: None
+    participants: Sequence[Participant],
+    plan: Plan,
+    work: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    reference: str | None = None,
 ) -> Measurement:
-    """Load all participants, and run the rounds.
+    """Start all participants, run the rounds, compare the logits.
 
     Args:
         participants: at least one.
         plan: what to measure.
-        logs: folder for what the processes write to stderr.
+        work: folder for what the processes write: their logs, and logits, which do not stay.
         progress: told what happens next.
+        reference: the participant that the others' logits are compared with.
 
     Raises:
         BenchmarkError: a process died; the message ends with what it wrote to stderr.
     """
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        load_s: dict[str, list[float]] = {one.name: [] for one in participants}
-        for turn in range(plan.loads):
-            for one in participants:
-                progress(f"load {turn + 1} of {plan.loads}: {one.name}")
-                worker = stack.enter_context(Worker(one.name, one.command, plan.threads, logs / f"{one.name}.log"))
-                reply = worker.request(do="load", model=str(one.model), threads=plan.threads)
-                load_s[one.name].append(reply["load_s"])
-                if turn < plan.loads - 1:
-                    worker.kill()
-                workers[one.name] = worker
-        for worker in workers.values():
-            progress(f"warm up: {worker.name}")
-            for length in plan.prompt_tokens:
-                _run(worker, plan, length, -1)
-        runs, quiet = _rounds(list(workers.values()), plan, progress)
-        peaks = {name: worker.close() for name, worker in workers.items()}
-    return Measurement({name: tuple(all_) for name, all_ in load_s.items()}, peaks, tuple(runs), tuple(quiet))
+        workers, load_s, cold_start_s = _start(participants, plan, work / "logs", progress, stack)
+        left_out, peaks = _warm_up(workers, plan, progress)
+        runs, quiet = _rounds(workers, plan, {(one.peer, one.case) for one in left_out}, progress)
+        quality = compare_logits(workers, plan.quality_ids, reference, work, progress)
+    sizes = {one.name: disk_mb(one.model) for one in participants}
+    return Measurement(load_s, cold_start_s, peaks, sizes, tuple(runs), tuple(quiet), tuple(left_out), quality)
 
 
-def _rounds(workers: list[Worker], plan: Plan, progress: Callable[[str], None]) -> tuple[list[Run], list[int]]:
+def _start(
+    participants: Sequence[Participant], plan: Plan, logs: Path, progress: Callable[[str], None], stack: ExitStack
+) -> tuple[list[Worker], dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
+    workers: dict[str, Worker] = {}
+    loads: dict[str, list[float]] = {one.name: [] for one in participants}
+    cold_starts: dict[str, list[float]] = {one.name: [] for one in participants}
+    first = {"do": "first", "prompt_ids": plan.prompts(Case(COLD_PROMPT_TOKENS), 0)[0]}
+    for turn in range(plan.loads + 1):
+        for one in _rotated(participants, turn):
+            progress(f"start {turn} of {plan.loads}: {one.name}")
+            began = time.perf_counter()
+            worker = stack.enter_context(Worker(one.name, one.command, plan.threads, logs / f"{one.name}.log"))
+            loaded, _ = worker.requests({"do": "load", "model": str(one.model), "threads": plan.threads}, first)
+            if turn:
+                cold_starts[one.name].append(time.perf_counter() - began)
+                loads[one.name].append(loaded["load_s"])
+            if turn < plan.loads:
+                worker.kill()
+            workers[one.name] = worker
+    return (
+        [workers[one.name] for one in participants],
+        {name: tuple(all_) for name, all_ in loads.items()},
+        {name: tuple(all_) for name, all_ in cold_starts.items()},
+    )
+
+
+def _warm_up(
+    workers: Sequence[Worker], plan: Plan, progress: Callable[[str], None]
+) -> tuple[list[LeftOut], dict[str, dict[int, float]]]:
+    """Run every case once, small batches first; find out who cannot run it, and what memory a batch takes."""
+    left_out: list[LeftOut] = []
+    peaks: dict[str, dict[int, float]] = {worker.name: {} for worker in workers}
+    for worker in workers:
+        progress(f"warm up: {worker.name}")
+        for case in sorted(plan.cases, key=lambda case: case.batch):
+            try:
+                _run(worker, plan, case, -1)
+            except UnavailableError as reason:
+                left_out.append(LeftOut(worker.name, case, str(reason)))
+            else:
+                peaks[worker.name][case.batch] = worker.peak_rss_mb()
+    return left_out, peaks
+
+
+def _rounds(
+    workers: Sequence[Worker], plan: Plan, left_out: set[tuple[str, Case]], progress: Callable[[str], None]
+) -> tuple[list[Run], list[int]]:
     runs: list[Run] = []
     quiet: list[int] = []
     for number in range(2 * plan.pairs):
         progress(f"round {number + 1}: {len(quiet)} of {plan.pairs} measured on a quiet machine")
         wait_until_quiet(plan.wait_s)
-        first = number % len(workers)
         turn = [
-            _run(worker, plan, length, number)
-            for length in plan.prompt_tokens
-            for worker in workers[first:] + workers[:first]
+            _run(worker, plan, case, number)
+            for case in plan.cases
+            for worker in _rotated(workers, number)
+            if (worker.name, case) not in left_out
         ]
         runs += turn
         if all(run.foreign_cores <= QUIET_CORES for run in turn):
@@ -115,23 +164,29 @@ def _rounds(workers: list[Worker], plan: Plan, progress: Callable[[str], None]) 
     return runs, quiet
 
 
-def _run(worker: Worker, plan: Plan, length: int, number: int) -> Run:
+def _run(worker: Worker, plan: Plan, case: Case, number: int) -> Run:
     busy, own, started = busy_seconds(), worker.cpu_seconds(), time.perf_counter()
     reply = worker.request(
         do="run",
-        prompt_ids=plan.prompt(length, number),
+        prompts=plan.prompts(case, number),
         new_tokens=plan.new_tokens,
-        wake_ids=plan.prompt(length, number + len(plan.text_ids) // 2),  # as long, but sharing no prefix with it
+        wake_ids=plan.wake_prompt(case, number),
     )
     elapsed = time.perf_counter() - started
     foreign = (busy_seconds() - busy) - (worker.cpu_seconds() - own)
     return Run(
         worker.name,
         number,
-        length,
+        case,
         reply["setup_s"],
         reply["prefill_s"],
         reply["decode_s"],
-        tuple(reply["token_ids"]),
+        reply["decoded_tokens"],
+        tuple(tuple(row) for row in reply["token_ids"]),
         foreign_cores=max(0.0, foreign / elapsed),
     )
+
+
+def _rotated(all_: Sequence[T], turn: int) -> list[T]:
+    first = turn % len(all_)
+    return [*all_[first:], *all_[:first]]

@@ -70,6 +70,12 @@ class Peer:
         return installed_versions(self.python(sources), self.distributions)
 
 
+def disk_mb(model: Path) -> float:
+    """Size of what a runtime loads, a file or a folder with everything in it, in MB."""
+    files = [file for file in model.rglob("*") if file.is_file()] if model.is_dir() else [model]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
 def installed_versions(python: Path, distributions: tuple[str, ...]) -> dict[str, str]:
     """Distribution -> version in the environment of an interpreter; UnavailableError if one is missing."""
     if not python.exists():

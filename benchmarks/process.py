@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import psutil
 
-from . import BenchmarkError
+from . import BenchmarkError, UnavailableError
 from .prepare import last_lines, worker_environment
 
 
@@ -38,7 +38,18 @@ class Worker:
         self._statistics = psutil.Process(self._process.pid)
 
     def request(self, **request: Any) -> dict[str, Any]:
-        """Wake the process, send one request, wait for the reply, and put the process to sleep again.
+        """Send one request, and wait for the reply; as of `requests`.
+
+        Raises:
+            UnavailableError: the runtime cannot do this; the message is its reason.
+        """
+        (reply,) = self.requests(request)
+        if "unavailable" in reply:
+            raise UnavailableError(reply["unavailable"])
+        return reply
+
+    def requests(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+        """Wake the process, send requests, wait for the replies, and put the process to sleep again.
 
         Raises:
             BenchmarkError: the process died; the message ends with what it wrote to stderr.
@@ -46,28 +57,25 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+        lines: list[str] = []
+        with suppress(BrokenPipeError):
+            self._process.stdin.writelines(json.dumps(request) + "\n" for request in requests)
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise BenchmarkError(self._obituary(request["do"]))
+        for request in requests:
+            lines.append(self._process.stdout.readline())
+            if not lines[-1]:
+                raise BenchmarkError(self._obituary(request["do"]))
         self._process.send_signal(signal.SIGSTOP)
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return [json.loads(line) for line in lines]
 
     def cpu_seconds(self) -> float:
         """CPU time that all threads of the process have used."""
         times = self._statistics.cpu_times()
         return float(times.user + times.system)
 
-    def close(self) -> float:
-        """End the process; return its peak resident memory in MB."""
-        peak = float(self.request(do="close")["peak_rss_mb"])
-        self.kill()
-        return peak
+    def peak_rss_mb(self) -> float:
+        """Peak resident memory of the process so far, in MB."""
+        return float(self.request(do="memory")["peak_rss_mb"])
 
     def kill(self) -> None:
         """End the process at once, asleep or not."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..peer import Peer, Sources
 from ..prepare import cached, hugging_face_folder, run_python
-from ..worker import Generate, Meter
+from ..worker import Meter, Runtime
 
 QUANTIZATION = "int8"
 
@@ -17,6 +17,7 @@ def prepare(sources: Sources) -> Path:
 
     def make(folder: Path) -> None:
         what = ("--model", source, "--quantization", QUANTIZATION, "--output_dir", folder, "--force")
+        what += ("--copy_files", "tokenizer.json")
         command = ("-c", "from ctranslate2.converters.transformers import main; main()", *what)
         run_python(sources.peers_python, command, "the converter of CTranslate2")
 
@@ -24,23 +25,27 @@ def prepare(sources: Sources) -> Path:
     return cached(sources.work / "ctranslate2-int8", recipe, make)
 
 
-def load(model: Path, threads: int) -> Generate:
-    """It takes tokens by name, and gives them one by one to a callback."""
+def load(model: Path, threads: int) -> Runtime:
+    """It takes tokens by name, and gives them one by one to a callback, those of all rows step by step."""
     os.environ.setdefault("CT2_VERBOSE", "-1")
     import ctranslate2
+    import numpy as np
+    from tokenizers import Tokenizer
 
     generator = ctranslate2.Generator(str(model), device="cpu", intra_threads=threads, compute_type=QUANTIZATION)
+    Tokenizer.from_file(str(model / "tokenizer.json"))  # not needed here, but part of a load that can serve text
     vocabulary = json.loads((model / "vocabulary.json").read_text())
 
-    def generate(prompt_ids: list[int], new_tokens: int, meter: Meter) -> None:
+    def generate(prompts: list[list[int]], new_tokens: int, meter: Meter) -> None:
         def take(result: ctranslate2.GenerationStepResult) -> bool:
-            meter.token(result.token_id)
+            meter.token(result.token_id, result.batch_id)
             return False
 
-        prompt = [vocabulary[i] for i in prompt_ids]
+        named = [[vocabulary[i] for i in prompt] for prompt in prompts]
         meter.ready()
         generator.generate_batch(
-            [prompt],
+            named,
+            max_batch_size=len(named),
             max_length=new_tokens,
             min_length=new_tokens,
             sampling_topk=1,
@@ -49,7 +54,10 @@ def load(model: Path, threads: int) -> Generate:
             callback=take,
         )
 
-    return generate
+    def score(token_ids: list[int]) -> np.ndarray:
+        return np.ascontiguousarray(np.array(generator.forward_batch([token_ids]))[0], np.float32)
+
+    return Runtime(generate, score)
 
 
 DISTRIBUTIONS = ("ctranslate2", "transformers", "torch")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..peer import Peer, Sources
 from ..prepare import cached, hugging_face_folder, run_python
-from ..worker import Generate, Meter
+from ..worker import Meter, Runtime
 
 OPTIONS = ("prune_lm_head=true", "hf_token=false")  # the builder's defaults otherwise: q, k and v in one MatMul, GQA
 
@@ -24,7 +24,7 @@ def prepare(sources: Sources) -> Path:
     return cached(sources.work / "genai-fp32", recipe, make)
 
 
-def load(model: Path, threads: int) -> Generate:
+def load(model: Path, threads: int) -> Runtime:
     """Every request has a generator of its own, with a KV cache of the length it needs; making it is setup."""
     import numpy as np
     import onnxruntime_genai as og
@@ -38,17 +38,20 @@ def load(model: Path, threads: int) -> Generate:
     loaded = og.Model(config)
     og.Tokenizer(loaded)  # not needed here, but part of a load that can serve text
 
-    def generate(prompt_ids: list[int], new_tokens: int, meter: Meter) -> None:
+    def generate(prompts: list[list[int]], new_tokens: int, meter: Meter) -> None:
         params = og.GeneratorParams(loaded)
-        params.set_search_options(do_sample=False, max_length=len(prompt_ids) + new_tokens)
+        params.set_search_options(
+            do_sample=False, batch_size=len(prompts), max_length=len(prompts[0]) + new_tokens
+        )
         generator = og.Generator(loaded, params)
         meter.ready()
-        generator.append_tokens(np.array(prompt_ids, np.int32))
+        generator.append_tokens(np.array(prompts, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
-            meter.token(int(generator.get_next_tokens()[0]))
+            for row, token_id in enumerate(generator.get_next_tokens()):
+                meter.token(int(token_id), row)
 
-    return generate
+    return Runtime(generate)  # pruned: it has no logits but the last
 
 
 DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime", "transformers", "torch")

@@ -5,10 +5,10 @@ from typing import Any
 
 from ..peer import Peer, Sources
 from ..prepare import hugging_face_folder
-from ..worker import Generate, Meter
+from ..worker import Meter, Runtime
 
 
-def load(model: Path, threads: int) -> Generate:
+def load(model: Path, threads: int) -> Runtime:
     """The KV cache grows inside `generate`; nothing is setup."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,14 +28,15 @@ def load(model: Path, threads: int) -> Generate:
 
         def put(self, value: Any) -> None:
             if self._prompt_seen:
-                self._meter.token(int(value))
+                for row, token_id in enumerate(value.tolist()):
+                    self._meter.token(token_id, row)
             self._prompt_seen = True
 
         def end(self) -> None:
             pass
 
-    def generate(prompt_ids: list[int], new_tokens: int, meter: Meter) -> None:
-        ids = torch.tensor([prompt_ids])
+    def generate(prompts: list[list[int]], new_tokens: int, meter: Meter) -> None:
+        ids = torch.tensor(prompts)
         loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -45,7 +46,11 @@ def load(model: Path, threads: int) -> Generate:
             streamer=MeterStreamer(meter),
         )
 
-    return generate
+    def score(token_ids: list[int]) -> Any:
+        with torch.inference_mode():
+            return loaded(torch.tensor([token_ids])).logits[0].numpy()
+
+    return Runtime(generate, score)
 
 
 def prepare(sources: Sources) -> Path:
