@@ -9,11 +9,11 @@ used the machine is measured again, up to twice as many rounds as were asked for
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from . import UnavailableError
+from . import BenchmarkError, UnavailableError
 from .machine import QUIET_CORES, busy_seconds, wait_until_quiet
 from .peer import disk_mb
 from .plan import Case, Plan
@@ -51,7 +51,8 @@ class Measurement:
 
     load_s: importing the runtime and loading the model. cold_start_s: from the start of the process to its first token
     on the pipe. peak_rss_mb: by batch, after the cases of that batch and of smaller ones. disk_mb: of what is loaded.
-    quiet_rounds: those in which nothing else used the machine.
+    quiet_rounds: those in which nothing else used the machine. failed: who could not be started -> why; it is in none
+    of the others.
     """
 
     load_s: Mapping[str, tuple[float, ...]]
@@ -62,6 +63,7 @@ class Measurement:
     quiet_rounds: tuple[int, ...]
     left_out: tuple[LeftOut, ...] = ()
     quality: tuple[Quality, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def counted(self, pairs: int) -> tuple[Run, ...]:
         """The runs that the summary counts: of the quiet rounds if there are as many as half the pairs, else all."""
@@ -77,7 +79,7 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     reference: str | None = None,
 ) -> Measurement:
-    """Start all participants, run the rounds, compare the logits.
+    """Start all participants, run the rounds, compare the logits. One that dies when it is first started is left out.
 
     Args:
         participants: at least one.
@@ -87,41 +89,82 @@ def measure(
         reference: the participant that the others' logits are compared with.
 
     Raises:
-        BenchmarkError: a process died; the message ends with what it wrote to stderr.
+        BenchmarkError: the first participant cannot be started, or a process died later; the message ends with what it
+            wrote to stderr.
     """
     with ExitStack() as stack:
-        workers, load_s, cold_start_s = _start(participants, plan, work / "logs", progress, stack)
+        starts = _Starts(participants, plan, work / "logs")
+        workers = starts.make(progress, stack)
         left_out, peaks = _warm_up(workers, plan, progress)
         runs, quiet = _rounds(workers, plan, {(one.peer, one.case) for one in left_out}, progress)
         quality = compare_logits(workers, plan.quality_ids, reference, work, progress)
-    sizes = {one.name: disk_mb(one.model) for one in participants}
-    return Measurement(load_s, cold_start_s, peaks, sizes, tuple(runs), tuple(quiet), tuple(left_out), quality)
-
-
-def _start(
-    participants: Sequence[Participant], plan: Plan, logs: Path, progress: Callable[[str], None], stack: ExitStack
-) -> tuple[list[Worker], dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
-    workers: dict[str, Worker] = {}
-    loads: dict[str, list[float]] = {one.name: [] for one in participants}
-    cold_starts: dict[str, list[float]] = {one.name: [] for one in participants}
-    first = {"do": "first", "prompt_ids": plan.prompts(Case(COLD_PROMPT_TOKENS), 0)[0]}
-    for turn in range(plan.loads + 1):
-        for one in _rotated(participants, turn):
-            progress(f"start {turn} of {plan.loads}: {one.name}")
-            began = time.perf_counter()
-            worker = stack.enter_context(Worker(one.name, one.command, plan.threads, logs / f"{one.name}.log"))
-            loaded, _ = worker.requests({"do": "load", "model": str(one.model), "threads": plan.threads}, first)
-            if turn:
-                cold_starts[one.name].append(time.perf_counter() - began)
-                loads[one.name].append(loaded["load_s"])
-            if turn < plan.loads:
-                worker.kill()
-            workers[one.name] = worker
-    return (
-        [workers[one.name] for one in participants],
-        {name: tuple(all_) for name, all_ in loads.items()},
-        {name: tuple(all_) for name, all_ in cold_starts.items()},
+    return Measurement(
+        load_s={name: tuple(times) for name, times in starts.load_s.items()},
+        cold_start_s={name: tuple(times) for name, times in starts.cold_start_s.items()},
+        peak_rss_mb=peaks,
+        disk_mb={one.name: disk_mb(one.model) for one in participants if one.name not in starts.failed},
+        runs=tuple(runs),
+        quiet_rounds=tuple(quiet),
+        left_out=tuple(left_out),
+        quality=quality,
+        failed=starts.failed,
     )
+
+
+class _Starts:
+    """Starts everybody, again and again, and keeps the times."""
+
+    def __init__(self, participants: Sequence[Participant], plan: Plan, logs: Path) -> None:
+        self._participants = list(participants)
+        self._plan = plan
+        self._logs = logs
+        self.load_s: dict[str, list[float]] = {}
+        self.cold_start_s: dict[str, list[float]] = {}
+        self.failed: dict[str, str] = {}
+
+    def make(self, progress: Callable[[str], None], stack: ExitStack) -> list[Worker]:
+        """The workers of the last turn, in the participants' order, with their models loaded."""
+        workers: dict[str, Worker] = {}
+        for turn in range(self._plan.loads + 1):
+            for one in _rotated(self._participants, turn):
+                progress(f"start {turn} of {self._plan.loads}: {one.name}")
+                if turn == 0:
+                    self._try(one)
+                else:
+                    workers[one.name] = self._time(one, stack)
+                    if turn < self._plan.loads:
+                        workers[one.name].kill()
+            self._participants = [one for one in self._participants if one.name not in self.failed]
+        return [workers[one.name] for one in self._participants]
+
+    def _try(self, one: Participant) -> None:
+        """The first start, which fills the page cache and shows whether the runtime works here at all."""
+        try:
+            with self._worker(one) as worker:
+                self._load(worker, one)
+        except BenchmarkError as reason:
+            if one is self._participants[0]:
+                raise
+            self.failed[one.name] = str(reason).strip()
+
+    def _time(self, one: Participant, stack: ExitStack) -> Worker:
+        began = time.perf_counter()
+        worker = stack.enter_context(self._worker(one))
+        load_s = self._load(worker, one)
+        self.cold_start_s.setdefault(one.name, []).append(time.perf_counter() - began)
+        self.load_s.setdefault(one.name, []).append(load_s)
+        return worker
+
+    def _worker(self, one: Participant) -> Worker:
+        return Worker(one.name, one.command, self._plan.threads, self._logs / f"{one.name}.log")
+
+    def _load(self, worker: Worker, one: Participant) -> float:
+        """Load the model and generate a token, without a pause between them; seconds of loading."""
+        loaded, _ = worker.requests(
+            {"do": "load", "model": str(one.model), "threads": self._plan.threads},
+            {"do": "first", "prompt_ids": self._plan.prompts(Case(COLD_PROMPT_TOKENS), 0)[0]},
+        )
+        return float(loaded["load_s"])
 
 
 def _warm_up(

@@ -60,7 +60,9 @@ def convert(folder: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(out)
     config.save_pretrained(out)
-    for part, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), ("tokenizer", "detokenizer"), strict=True):
+    for part, name in zip(
+        convert_tokenizer(tokenizer, with_detokenizer=True), ("tokenizer", "detokenizer"), strict=True
+    ):
         ov.save_model(part, out / f"openvino_{name}.xml")
 
 

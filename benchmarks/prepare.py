@@ -71,7 +71,9 @@ def run_python(python: Path, arguments: Sequence[str | Path], purpose: str) -> N
 
 def worker_environment(threads: int | None = None) -> dict[str, str]:
     """The environment of a peer's process: this package importable, no network, thread pools of the wanted size."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(found), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"}
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return environment

@@ -9,21 +9,25 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Self
 
+from .plan import Case
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One generation by one peer.
+    """One generation of a batch by one runtime.
 
+    setup_s, prefill_s, decode_s, decoded_tokens: as `Meter.reading` gives them. token_ids: a row each.
     foreign_cores: CPU time a second that other processes used meanwhile.
     """
 
     peer: str
     round: int
-    prompt_tokens: int
+    case: Case
     setup_s: float
     prefill_s: float
     decode_s: float
-    token_ids: tuple[int, ...]
+    decoded_tokens: int
+    token_ids: tuple[tuple[int, ...], ...]
     foreign_cores: float
 
 
@@ -37,9 +41,11 @@ class Metric:
 
 
 METRICS = {
-    "prefill_tokens_per_s": Metric("prefill tok/s", lambda run: run.prompt_tokens / run.prefill_s),
+    "prefill_tokens_per_s": Metric(
+        "prefill tok/s", lambda run: run.case.prompt_tokens * run.case.batch / run.prefill_s
+    ),
     "first_token_ms": Metric("first token ms", lambda run: 1e3 * (run.setup_s + run.prefill_s), lower_is_better=True),
-    "decode_tokens_per_s": Metric("decode tok/s", lambda run: (len(run.token_ids) - 1) / run.decode_s),
+    "decode_tokens_per_s": Metric("decode tok/s", lambda run: run.decoded_tokens / run.decode_s),
 }
 
 
@@ -60,40 +66,45 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One peer at one prompt length.
+    """One peer in one case.
 
     metrics: its own figures. advantages: the subject's, pair by pair, above 1 where the subject is better; empty for
-    the subject itself. equal_texts: rounds in which it generated the subject's tokens, of `rounds`. first_difference:
-    the earliest generated token at which it ever did not.
+    the subject itself, and where the subject was left out. equal_texts: rows of all rounds in which it generated the
+    subject's tokens, of `texts`. first_difference: the earliest generated token at which it ever did not.
     """
 
     peer: str
-    prompt_tokens: int
+    case: Case
     rounds: int
     metrics: dict[str, Spread]
     advantages: dict[str, Spread]
     equal_texts: int
+    texts: int
     first_difference: int | None
 
 
 def compare(runs: Sequence[Run], subject: str) -> list[Comparison]:
-    """Compare every peer with the subject, prompt length by prompt length, in the order of their first runs."""
-    by_case: dict[tuple[int, str], dict[int, Run]] = {}
+    """Compare every peer with the subject, case by case, in the order of their first runs."""
+    by_case: dict[tuple[Case, str], dict[int, Run]] = {}
     for run in runs:
-        by_case.setdefault((run.prompt_tokens, run.peer), {})[run.round] = run
+        by_case.setdefault((run.case, run.peer), {})[run.round] = run
     comparisons = []
-    for (prompt_tokens, peer), own in by_case.items():
-        pairs = [(by_case[prompt_tokens, subject][number], run) for number, run in own.items()]
-        differences = [first_difference(ours.token_ids, theirs.token_ids) for ours, theirs in pairs]
+    for (case, peer), own in by_case.items():
+        subjects = by_case.get((case, subject), {})
+        pairs = [(subjects[number], run) for number, run in own.items() if number in subjects]
+        rows = [row for ours, theirs in pairs for row in zip(ours.token_ids, theirs.token_ids, strict=True)]
+        differences = [first_difference(ours, theirs) for ours, theirs in rows]
         found = [position for position in differences if position is not None]
+        compared = METRICS if pairs and peer != subject else {}
         comparisons.append(
             Comparison(
                 peer,
-                prompt_tokens,
+                case,
                 rounds=len(own),
                 metrics={name: Spread.of(map(metric.of, own.values())) for name, metric in METRICS.items()},
-                advantages={name: _advantage(metric, pairs) for name, metric in METRICS.items() if peer != subject},
+                advantages={name: _advantage(metric, pairs) for name, metric in compared.items()},
                 equal_texts=len(differences) - len(found),
+                texts=len(differences),
                 first_difference=min(found, default=None),
             )
         )

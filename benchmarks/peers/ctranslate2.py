@@ -9,6 +9,7 @@ from ..prepare import cached, hugging_face_folder, run_python
 from ..worker import Meter, Runtime
 
 QUANTIZATION = "int8"
+TOKENIZER = "tokenizer.json"
 
 
 def prepare(sources: Sources) -> Path:
@@ -16,12 +17,26 @@ def prepare(sources: Sources) -> Path:
     source = hugging_face_folder(sources)
 
     def make(folder: Path) -> None:
-        what = ("--model", source, "--quantization", QUANTIZATION, "--output_dir", folder, "--force")
-        what += ("--copy_files", "tokenizer.json")
+        what = (
+            "--model",
+            source,
+            "--quantization",
+            QUANTIZATION,
+            "--output_dir",
+            folder,
+            "--force",
+            "--copy_files",
+            TOKENIZER,
+        )
         command = ("-c", "from ctranslate2.converters.transformers import main; main()", *what)
         run_python(sources.peers_python, command, "the converter of CTranslate2")
 
-    recipe = {"source": sources.digest, "quantization": QUANTIZATION, "versions": PEER.versions(sources)}
+    recipe = {
+        "source": sources.digest,
+        "quantization": QUANTIZATION,
+        "files": [TOKENIZER],
+        "versions": PEER.versions(sources),
+    }
     return cached(sources.work / "ctranslate2-int8", recipe, make)
 
 
@@ -33,7 +48,7 @@ def load(model: Path, threads: int) -> Runtime:
     from tokenizers import Tokenizer
 
     generator = ctranslate2.Generator(str(model), device="cpu", intra_threads=threads, compute_type=QUANTIZATION)
-    Tokenizer.from_file(str(model / "tokenizer.json"))  # not needed here, but part of a load that can serve text
+    Tokenizer.from_file(str(model / TOKENIZER))  # not needed here, but part of a load that can serve text
     vocabulary = json.loads((model / "vocabulary.json").read_text())
 
     def generate(prompts: list[list[int]], new_tokens: int, meter: Meter) -> None:

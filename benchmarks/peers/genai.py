@@ -40,9 +40,7 @@ def load(model: Path, threads: int) -> Runtime:
 
     def generate(prompts: list[list[int]], new_tokens: int, meter: Meter) -> None:
         params = og.GeneratorParams(loaded)
-        params.set_search_options(
-            do_sample=False, batch_size=len(prompts), max_length=len(prompts[0]) + new_tokens
-        )
+        params.set_search_options(do_sample=False, batch_size=len(prompts), max_length=len(prompts[0]) + new_tokens)
         generator = og.Generator(loaded, params)
         meter.ready()
         generator.append_tokens(np.array(prompts, np.int32))

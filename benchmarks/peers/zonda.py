@@ -23,11 +23,14 @@ def load(model: Path, threads: int) -> Runtime:
     pipeline = Pipeline.load(model, threads=threads)
     limits = pipeline.engine.limits
 
+    def check_capacity(tokens: int) -> None:
+        if tokens > limits.capacity:
+            raise UnavailableError(f"the bundle's capacity is {limits.capacity} tokens a row")
+
     def generate(prompts: list[list[int]], new_tokens: int, meter: Meter) -> None:
         if len(prompts) > limits.max_batch:
             raise UnavailableError(f"the bundle takes {limits.max_batch} rows")
-        if len(prompts[0]) + new_tokens > limits.capacity:
-            raise UnavailableError(f"the bundle's capacity is {limits.capacity} tokens a row")
+        check_capacity(len(prompts[0]) + new_tokens)
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         meter.ready()
         if len(prompts) > 1:
@@ -54,6 +57,7 @@ def load(model: Path, threads: int) -> Runtime:
                 meter.token(token_id, row, at=steps[len(prompts) + n] if n else steps[row + 1])
 
     def score(token_ids: list[int]) -> np.ndarray:
+        check_capacity(len(token_ids))
         engine = pipeline.engine
         cache = engine.allocate(1)
         found = np.empty((len(token_ids), limits.vocab_size), np.float32)

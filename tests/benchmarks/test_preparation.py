@@ -2,11 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer import BadParameter
-from typer.testing import CliRunner
 
-from benchmarks import BenchmarkError, UnavailableError, __main__
-from benchmarks.peer import Peer, Sources, installed_versions
+import benchmarks
+from benchmarks import BenchmarkError, UnavailableError
+from benchmarks.candidates import Candidate, candidates, prepare
+from benchmarks.peer import Peer, Sources, disk_mb, installed_versions
 from benchmarks.peers import PEERS
 from benchmarks.prepare import cached, run_python
 
@@ -55,38 +55,59 @@ def test_a_missing_distribution_and_a_missing_environment_are_named(tmp_path):
         installed_versions(tmp_path / "bin" / "python", ("pytest",))
 
 
+def test_what_a_runtime_loads_is_a_file_or_a_folder_with_all_in_it(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "weights").write_bytes(bytes(2_000_000))
+    (tmp_path / "config").write_bytes(bytes(500_000))
+    assert disk_mb(tmp_path) == 2.5
+    assert disk_mb(tmp_path / "config") == 0.5
+
+
 def test_a_peer_that_cannot_take_part_is_skipped_with_the_reason(tmp_path):
-    def peer(name: str, distribution: str) -> Peer:
-        return Peer(name, name.title(), (distribution,), "zonda", lambda _: tmp_path, lambda *_: None)
-
-    here, gone = peer("here", "pytest"), peer("gone", "no-such-runtime")
     sources = Sources(tmp_path, None, tmp_path, tmp_path)
-    chosen = {"here": here, "gone": gone, "zonda": PEERS["zonda"]}
-    participants, versions, skipped = __main__._prepare(chosen, sources, __main__.Console(quiet=True))
-    assert [one.name for one in participants] == ["here"]
-    assert versions == {"here": {"pytest": pytest.__version__}}
-    assert "no-such-runtime" in skipped["gone"]
-    assert skipped["zonda"] == "no bundle was given"
+
+    def candidate(name: str, distribution: str) -> Candidate:
+        peer = Peer(name, name.title(), (distribution,), "zonda", lambda _: tmp_path, lambda *_: None)
+        return Candidate(name, peer.title, peer, sources)
+
+    wanted = [candidate("here", "pytest"), candidate("gone", "no-such-runtime"), *candidates(["zonda"], sources, [])]
+    field = prepare(wanted)
+    assert [(one.name, one.title) for one in field.participants] == [("here", "Here")]
+    assert field.versions == {"here": {"pytest": pytest.__version__}}
+    assert "no-such-runtime" in field.skipped["gone"]
+    assert field.skipped["zonda"] == "no bundle was given"
 
 
-def test_with_nobody_left_the_command_fails_and_says_why(tmp_path):
-    model = tmp_path / "model.gguf"
-    model.write_bytes(b"GGUF")
-    options = ["--work", str(tmp_path), "--peers-python", str(tmp_path / "none")]
-    result = CliRunner().invoke(__main__.app, ["peers", str(model), *options])
-    assert result.exit_code == 1
-    assert "no bundle was given" in result.stderr
-    assert "genai: no interpreter at" in result.stderr
+def test_one_bundle_is_zonda_and_several_have_their_folders_names(tmp_path):
+    sources = Sources(tmp_path, None, tmp_path, tmp_path)
+    (one,) = candidates(["zonda"], sources, [tmp_path / "exact"])
+    assert (one.name, one.title, one.sources.bundle) == ("zonda", "Zonda", tmp_path / "exact")
+    found = candidates(["zonda", "genai"], sources, [tmp_path / "float", tmp_path / "int8"])
+    assert [(c.name, c.title) for c in found] == [
+        ("float", "Zonda float"),
+        ("int8", "Zonda int8"),
+        ("genai", PEERS["genai"].title),
+    ]
+    assert [c.peer.prepare(c.sources) for c in found[:2]] == [tmp_path / "float", tmp_path / "int8"]
 
 
-def test_an_unknown_runtime_is_refused_with_the_known_ones():
-    with pytest.raises(
-        BadParameter, match="unknown runtime 'llamacpp'; known: zonda, llama_cpp, ctranslate2, genai, transformers"
-    ):
-        __main__._known("llamacpp")
+@pytest.mark.parametrize(
+    ("names", "bundles"),
+    [(["genai", "genai"], []), (["zonda"], ["a/x", "b/x"]), (["zonda", "genai"], ["x", "genai"])],
+)
+def test_two_of_one_name_are_refused(tmp_path, names, bundles):
+    sources = Sources(tmp_path, None, tmp_path, tmp_path)
+    with pytest.raises(BenchmarkError, match="two runtimes are called"):
+        candidates(names, sources, [tmp_path / bundle for bundle in bundles])
+
+
+def test_an_unknown_runtime_is_refused_with_the_known_ones(tmp_path):
+    known = "zonda, llama_cpp, ctranslate2, openvino, genai, transformers"
+    with pytest.raises(BenchmarkError, match=f"unknown runtime 'llamacpp'; known: {known}"):
+        candidates(["llamacpp"], Sources(tmp_path, None, tmp_path, tmp_path), [])
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_are_named_as_their_file(name):
-    file = Path(__main__.__file__).parent / "peers" / f"{name}.py"
+    file = Path(benchmarks.__file__).parent / "peers" / f"{name}.py"
     assert file.exists()
