@@ -31,7 +31,7 @@ format: $(VENV)/ready
 
 bench: $(BUNDLE)/manifest.json .venv-bench/ready  ## Against the peers, in an environment of their own.
 	mkdir -p out/bench
-	$(BIN)/python -m benchmarks peers $(MODEL) $(BUNDLE) --json out/bench/peers.json
+	$(BIN)/python -m benchmarks peers $(MODEL) $(BUNDLE) --json out/bench/peers.json --plot out/bench/peers.png
 
 clean:
 	rm -rf $(VENV) .venv-bench out

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import BenchmarkError, UnavailableError
-from .interleaved import Participant
 from .peer import Peer, Sources
 from .peers import PEERS
+from .starts import Participant
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """The measurement: every runtime in a process of its own, taking turns, in an order that rotates from round to round.
 
-Starts come first, each a fresh process that loads and generates one token, the runtimes taking turns there too; the
-first turn only fills the page cache, the processes of the last stay for the runs. A round is one run of every runtime
+Starts come first (`starts.py`); the processes of the last turn stay for the runs. A round is one run of every runtime
 in every case, each round on another stretch of the text (no prefix cache helps). A round during which other processes
 used the machine is measured again, up to twice as many rounds as were asked for. Logits are compared last.
 """
@@ -11,29 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from . import BenchmarkError, UnavailableError
+from . import UnavailableError
 from .machine import QUIET_CORES, busy_seconds, wait_until_quiet
 from .peer import disk_mb
 from .plan import Case, Plan
 from .process import Worker
 from .quality import Quality, compare_logits
+from .starts import Participant, Starts, rotated
 from .summary import Run
-
-COLD_PROMPT_TOKENS = 8
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Participant:
-    """A runtime as a process to start: the worker's command, and the model it loads."""
-
-    name: str
-    title: str
-    command: tuple[str | Path, ...]
-    model: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +78,7 @@ def measure(
             wrote to stderr.
     """
     with ExitStack() as stack:
-        starts = _Starts(participants, plan, work / "logs")
+        starts = Starts(participants, plan, work / "logs")
         workers = starts.make(progress, stack)
         left_out, peaks = _warm_up(workers, plan, progress)
         runs, quiet = _rounds(workers, plan, {(one.peer, one.case) for one in left_out}, progress)
@@ -109,62 +94,6 @@ def measure(
         quality=quality,
         failed=starts.failed,
     )
-
-
-class _Starts:
-    """Starts everybody, again and again, and keeps the times."""
-
-    def __init__(self, participants: Sequence[Participant], plan: Plan, logs: Path) -> None:
-        self._participants = list(participants)
-        self._plan = plan
-        self._logs = logs
-        self.load_s: dict[str, list[float]] = {}
-        self.cold_start_s: dict[str, list[float]] = {}
-        self.failed: dict[str, str] = {}
-
-    def make(self, progress: Callable[[str], None], stack: ExitStack) -> list[Worker]:
-        """The workers of the last turn, in the participants' order, with their models loaded."""
-        workers: dict[str, Worker] = {}
-        for turn in range(self._plan.loads + 1):
-            for one in _rotated(self._participants, turn):
-                progress(f"start {turn} of {self._plan.loads}: {one.name}")
-                if turn == 0:
-                    self._try(one)
-                else:
-                    workers[one.name] = self._time(one, stack)
-                    if turn < self._plan.loads:
-                        workers[one.name].kill()
-            self._participants = [one for one in self._participants if one.name not in self.failed]
-        return [workers[one.name] for one in self._participants]
-
-    def _try(self, one: Participant) -> None:
-        """The first start, which fills the page cache and shows whether the runtime works here at all."""
-        try:
-            with self._worker(one) as worker:
-                self._load(worker, one)
-        except BenchmarkError as reason:
-            if one is self._participants[0]:
-                raise
-            self.failed[one.name] = str(reason).strip()
-
-    def _time(self, one: Participant, stack: ExitStack) -> Worker:
-        began = time.perf_counter()
-        worker = stack.enter_context(self._worker(one))
-        load_s = self._load(worker, one)
-        self.cold_start_s.setdefault(one.name, []).append(time.perf_counter() - began)
-        self.load_s.setdefault(one.name, []).append(load_s)
-        return worker
-
-    def _worker(self, one: Participant) -> Worker:
-        return Worker(one.name, one.command, self._plan.threads, self._logs / f"{one.name}.log")
-
-    def _load(self, worker: Worker, one: Participant) -> float:
-        """Load the model and generate a token, without a pause between them; seconds of loading."""
-        loaded, _ = worker.requests(
-            {"do": "load", "model": str(one.model), "threads": self._plan.threads},
-            {"do": "first", "prompt_ids": self._plan.prompts(Case(COLD_PROMPT_TOKENS), 0)[0]},
-        )
-        return float(loaded["load_s"])
 
 
 def _warm_up(
@@ -196,7 +125,7 @@ def _rounds(
         turn = [
             _run(worker, plan, case, number)
             for case in plan.cases
-            for worker in _rotated(workers, number)
+            for worker in rotated(workers, number)
             if (worker.name, case) not in left_out
         ]
         runs += turn
@@ -228,8 +157,3 @@ def _run(worker: Worker, plan: Plan, case: Case, number: int) -> Run:
         tuple(tuple(row) for row in reply["token_ids"]),
         foreign_cores=max(0.0, foreign / elapsed),
     )
-
-
-def _rotated(all_: Sequence[T], turn: int) -> list[T]:
-    first = turn % len(all_)
-    return [*all_[first:], *all_[:first]]

@@ -70,9 +70,9 @@ def _bars(
         panel.bar(places, heights, width * 0.92, label=title, color=f"C{number}", zorder=2)
         panel.errorbar(places, heights, reach, fmt="none", ecolor="black", elinewidth=1, capsize=2, zorder=3)
         for x, spread in zip(places, spreads, strict=True):
-            text = f"{spread.median:.0f}"
+            text = f"{spread.median:.3g}" if spread.median < 100 else f"{spread.median:.0f}"
             panel.annotate(
-                text, (x, spread.max), (0, 3), textcoords="offset points", ha="center", fontsize=7, rotation=90
+                text, (x, spread.max), (0, 5), textcoords="offset points", ha="center", fontsize=7, rotation=90
             )
     panel.set_xticks(range(len(prompts)), [f"prompt {prompt}" for prompt in prompts])
     panel.margins(y=0.14)

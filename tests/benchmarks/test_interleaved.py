@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import BenchmarkError, interleaved
-from benchmarks.interleaved import LeftOut, Participant, measure
+from benchmarks.interleaved import LeftOut, measure
 from benchmarks.plan import Case, Plan, cases
+from benchmarks.starts import Participant
 from benchmarks.summary import Run
 
 FAKE = Path(__file__).with_name("fake_worker.py")
