@@ -153,7 +153,7 @@ def _print(table: Table) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 170)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 @contextmanager

@@ -41,9 +41,7 @@ def draw(report: Report, path: Path) -> None:
             _bars(panels[row, column], cells, metric, prompts[batch], report.titles)
             panels[row, column].set_title(f"{title}, batch {batch}", fontsize="medium")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(len(labels), 3 + len(batches)), fontsize="small"
-    )
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
     measured = len({run.round for run in report.measurement.counted(report.plan.pairs)})
     caption = f"{report.model['name']}, {report.plan.threads} threads, {measured} rounds; {report.machine.cpu}"
     figure.supxlabel(caption, fontsize="small")

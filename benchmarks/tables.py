@@ -65,8 +65,8 @@ def _footprint(report: Report) -> Table:
         if batch == batches[0]:
             table.add_column("×", justify="right")
     table.add_column("disk MB", justify="right")
-    for name in found.load_s:
-        cells = [report.titles[name]]
+    for name, runtime in report.titles.items():
+        cells = [runtime]
         for times in (found.load_s, found.cold_start_s):
             cells += [f"{Spread.of(times[name]).median:.2f}", "" if name == subject else _paired(times, name, subject)]
         peaks = found.peak_rss_mb[name]

@@ -20,20 +20,18 @@ def prepare(sources: Sources) -> Path:
 
 def load(model: Path, threads: int) -> Runtime:
     """One context a batch size, kept for all requests and emptied before each; a first of one row is part of a load."""
-    import ctypes
-
     import llama_cpp as api
     import numpy as np
+    from llama_cpp._logger import set_verbose
 
-    silent = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(silent, ctypes.c_void_p(0))
+    set_verbose(False)
     api.llama_backend_init()
     loaded = api.llama_model_load_from_file(str(model).encode(), api.llama_model_default_params())
     if not loaded:
         raise RuntimeError(f"llama.cpp cannot load {model}")
     vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(loaded))
     batch = api.llama_batch_init(CHUNK, 0, 1)
-    contexts = {}
+    contexts: dict[int, int] = {}
 
     def context(rows: int) -> int:
         """A context of so many rows, empty."""
@@ -95,7 +93,6 @@ def load(model: Path, threads: int) -> Runtime:
         return found
 
     context(1)
-    contexts["silent"] = silent  # llama.cpp calls it as long as the process lives
     return Runtime(generate, score)
 
 
