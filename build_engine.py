@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
+CACHES = ("float32", "int8")
 CHUNKS = {"exact": 256, "balanced": 256, "fast": 192}
 """New tokens of a row in one step, by quality. Attention computes the whole square of a chunk, half of it for nothing,
 and where the linears are cheaper that weighs more."""
@@ -41,6 +42,7 @@ class BuildOptions:
 
     targets: tuple[str, ...] = ("onnxruntime",)
     quality: str = "balanced"
+    kv: str = "float32"
     capacity: int = 0
     max_batch: int = 8
     max_chunk: int = 0
@@ -82,7 +84,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     """
     import torch
 
-    from zonda.export import describe, device_plan, plan, proof, tensorrt_target, universal
+    from zonda.export import calibration, describe, device_plan, plan, proof, tensorrt_target, universal
     from zonda.export import onnx_files as files
     from zonda.export.bundle import list_files, refuse_existing, seal, staged
     from zonda.export.lower import onnxruntime as lower
@@ -99,6 +101,10 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     plans = _tensorrt_plans(options)
     if options.quality not in QUALITIES:
         raise BuildError(f"--quality is one of {', '.join(QUALITIES)}, found {options.quality!r}")
+    if options.kv not in CACHES:
+        raise BuildError(f"--kv is {' or '.join(CACHES)}, found {options.kv!r}")
+    if options.kv == "int8" and options.targets != ("onnxruntime",):
+        raise BuildError("--kv int8 is of the target onnxruntime; build the others into a bundle of their own")
     if options.verify not in ("strict", "off"):
         raise BuildError(f"--verify is strict or off, found {options.verify!r}")
     if options.reference not in ("eager", "transformers"):
@@ -136,7 +142,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             f"--quality fast is for steps of {SHORTEST_PREFILL} tokens and more; with chunks of {limits.max_chunk} "
             "there are none: raise --max-chunk and --capacity, or use --quality balanced"
         )
-    estimate = plan.make_plan(module, limits, quality)
+    estimate = plan.make_plan(module, limits, quality, options.kv)
     devices = [device_plan.make_device_plan(module, limits, wanted.name) for wanted in plans]
     if options.dry_run:
         console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
@@ -154,6 +160,10 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             with steps.step("lower for ONNX Runtime"):
                 lowered = lower.lower(graph, quality)
         load = files.tensor_source(module, checkpoint, names)
+        if lowered is not None and options.kv == "int8":
+            with steps.step("calibrate the KV cache"):
+                texts = calibration.calibration_prompts(proof.tokenizer_of(checkpoint), limits)
+                lowered = lower.with_int8_cache(lowered, calibration.eager_states(module, load, texts))
         others = []
         for wanted in plans:
             with steps.step(f"build {wanted.name}"):
@@ -272,6 +282,9 @@ def build(
             " fast: in prefill 8-bit weights, too."
         ),
     ] = "balanced",
+    kv: Annotated[
+        str, typer.Option(help="What the KV cache of ONNX Runtime holds: float32, or int8, a quarter of it.")
+    ] = "float32",
     capacity: Annotated[
         int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
     ] = 0,
@@ -312,6 +325,7 @@ def build(
         options = BuildOptions(
             targets=tuple(target or ("onnxruntime",)),
             quality=quality,
+            kv=kv,
             capacity=capacity,
             max_batch=max_batch,
             max_chunk=max_chunk,

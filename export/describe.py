@@ -1,7 +1,7 @@
 """Words and data about a build: the dry run's page and the manifest."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib import metadata
 
 from .. import BuildError, __version__
@@ -25,7 +25,7 @@ from ..runtime.manifest import (
 )
 from .device_plan import DevicePlan
 from .lower.int8 import SHORTEST_PREFILL
-from .onnx_files import LOWERED, PREFILL, WEIGHTS
+from .onnx_files import CACHE_SCALES, LOWERED, PREFILL, WEIGHTS
 from .plan import Plan, gigabytes, kv_bytes_per_token
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -82,10 +82,11 @@ def make_manifest(
     quality: str = "exact",
 ) -> Manifest:
     """The manifest of a bundle with the ONNX Runtime target (without it if `parity` is None) and `others`."""
-    shapes = module.kv_shapes
     source = checkpoint.source
     dequantized = dequantized_types(module, checkpoint)
-    targets = () if parity is None else (_onnxruntime_target(limits, parity, quality, prefill=PREFILL in files),)
+    targets = () if parity is None else (_onnxruntime_target(limits, parity, quality, files),)
+    kv = targets[0].kv_dtype if targets and targets[0].kv_dtype else "float32"
+    held = "8 bits, a scale a head and channel" if kv == "int8" else kv
     return Manifest(
         schema=SCHEMA,
         zonda_version=__version__,
@@ -94,10 +95,10 @@ def make_manifest(
         architecture=architecture,
         source=_source(checkpoint),
         parameters=count_weights(module),
-        contract=make_contract(shapes, limits.vocab_size),
+        contract=make_contract(module.kv_shapes, limits.vocab_size),
         limits=limits,
-        kv_bytes_per_token=kv_bytes_per_token(shapes),
-        quantization=tensor_classes(module) | {"kv": "float32"} | ({"dequantized": dequantized} if dequantized else {}),
+        kv_bytes_per_token=kv_bytes_per_token(module.kv_shapes, kv),
+        quantization=tensor_classes(module) | {"kv": held} | ({"dequantized": dequantized} if dequantized else {}),
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
         targets=(*targets, *others),
         files=dict(files),
@@ -105,10 +106,10 @@ def make_manifest(
     )
 
 
-def _onnxruntime_target(limits: Limits, parity: Parity, quality: str, *, prefill: bool) -> Target:
+def _onnxruntime_target(limits: Limits, parity: Parity, quality: str, files: Container[str]) -> Target:
     rows, last = (1, limits.max_batch), limits.max_chunk
     graphs: tuple[Graph, ...] = (Graph(role="any", file=LOWERED, batch=rows, sequence=(1, last)),)
-    if prefill:
+    if PREFILL in files:
         graphs = (
             Graph(role="decode", file=LOWERED, batch=rows, sequence=(1, SHORTEST_PREFILL - 1)),
             Graph(role="prefill", file=PREFILL, batch=rows, sequence=(SHORTEST_PREFILL, last)),
@@ -121,6 +122,8 @@ def _onnxruntime_target(limits: Limits, parity: Parity, quality: str, *, prefill
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
         parity=parity,
         quality=quality,
+        kv_dtype="int8" if CACHE_SCALES in files else "",
+        cache_scales=CACHE_SCALES if CACHE_SCALES in files else "",
     )
 
 

@@ -1,6 +1,6 @@
 """The ONNX side of a bundle: `onnx/universal.onnx`, `onnx/onnxruntime.onnx`, and the one weight file they read.
 
-A bundle of the quality class `fast` has `onnx/prefill.onnx` beside them.
+A bundle of the quality class `fast` has `onnx/prefill.onnx` beside them, one whose KV cache is in int8 the scales.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from safetensors.numpy import save
 from torch import Tensor, nn
 
 from .. import BuildError
@@ -26,6 +27,7 @@ UNIVERSAL = f"{DIRECTORY}/universal.onnx"
 LOWERED = f"{DIRECTORY}/onnxruntime.onnx"
 PREFILL = f"{DIRECTORY}/prefill.onnx"
 WEIGHTS = f"{DIRECTORY}/weights.bin"
+CACHE_SCALES = f"{DIRECTORY}/cache_scales.safetensors"
 
 
 def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str], Tensor]:
@@ -73,6 +75,8 @@ def write(staging: Path, universal: ir.Model, lowered: Lowered | None, load: Cal
     for file, model in graphs.items():
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    if lowered.cache_scales:
+        (staging / CACHE_SCALES).write_bytes(save(dict(lowered.cache_scales)))
 
 
 def file_source(lowered: Lowered | None, load: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

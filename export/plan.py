@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from .. import BuildError
@@ -53,8 +54,8 @@ class Plan:
             )
 
 
-def make_plan(model: CausalModel, limits: Limits, quality: str = "exact") -> Plan:
-    """Predict from the model's shapes (on the meta device), the limits and the class of quality asked for."""
+def make_plan(model: CausalModel, limits: Limits, quality: str = "exact", kv: str = "float32") -> Plan:
+    """Predict from the model's shapes (on the meta device), the limits, the class of quality and the cache's dtype."""
     unique = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     largest, weights = max(unique.values()), sum(unique.values())
     if quality == "fast":
@@ -63,18 +64,18 @@ def make_plan(model: CausalModel, limits: Limits, quality: str = "exact") -> Pla
         ]
         largest, weights = max([largest, *rounded]), weights + sum(rounded)
     shapes = model.kv_shapes
-    kv = kv_bytes_per_token(shapes)
-    row = kv * (limits.capacity + limits.max_chunk)
+    token = kv_bytes_per_token(shapes, kv)
+    row = token * (limits.capacity + limits.max_chunk)
     # mapped weights, their packed copies, a row of cache, logits and activations of a chunk
     engine = 2 * weights + row + limits.vocab_size * _ITEM * limits.max_batch + (256 << 20)
-    golden = _GOLDEN_TOKENS * (3 * limits.vocab_size * _ITEM + kv)
+    golden = _GOLDEN_TOKENS * (3 * limits.vocab_size * _ITEM + kv_bytes_per_token(shapes))
     build = _TOOLS_BYTES + len(shapes) * _GRAPH_BYTES_PER_LAYER + 2 * largest + golden
     available = psutil.virtual_memory().available
     needed = _TOOLS_BYTES + engine
     provable = needed <= available
     why_not = "" if provable else f"it needs {gigabytes(needed)} of memory, the build host had {gigabytes(available)}"
     peak = max(build, needed) if provable else build
-    return Plan(count_weights(model), weights + _FILES_BYTES, peak, engine, kv, provable, why_not)
+    return Plan(count_weights(model), weights + _FILES_BYTES, peak, engine, token, provable, why_not)
 
 
 def _rounded_bytes(linear: QLinear) -> int:
@@ -83,9 +84,9 @@ def _rounded_bytes(linear: QLinear) -> int:
     return rows * (columns + _ITEM)
 
 
-def kv_bytes_per_token(shapes: list[KvShape]) -> int:
+def kv_bytes_per_token(shapes: list[KvShape], dtype: str = "float32") -> int:
     """Bytes of cache that one token of one row takes, all layers together."""
-    return sum(s.num_key_value_heads * (s.key_dim + s.value_dim) for s in shapes) * _ITEM
+    return sum(s.num_key_value_heads * (s.key_dim + s.value_dim) for s in shapes) * np.dtype(dtype).itemsize
 
 
 def gigabytes(size: int) -> str:

@@ -29,12 +29,13 @@ from ..models.loading import with_floats
 from ..models.quantize import is_quantized
 from ..runtime.golden import GOLDEN, Golden
 from ..runtime.manifest import Limits, Parity, ReferenceReport, WeightReport
+from ..runtime.metrics import thresholds_of
 from ..runtime.parity import ProofRequest
 from .describe import make_contract
 from .lower.int8 import SHORTEST_PREFILL
 from .lower.onnxruntime import Lowered
 from .lower.quantized import as_written
-from .onnx_files import LOWERED, PREFILL, UNIVERSAL, file_source
+from .onnx_files import CACHE_SCALES, LOWERED, PREFILL, UNIVERSAL, file_source
 from .weight_proof import WrittenWeights
 
 _TEXTS = (
@@ -116,10 +117,7 @@ def record(
         ParityError: a weight in the bundle is not the checkpoint's.
         BuildError: the checkpoint has no tokenizer to make golden prompts with.
     """
-    data = checkpoint.files.get("tokenizer.json")
-    if data is None:
-        raise BuildError("the checkpoint has no tokenizer.json, so no prompts to prove the engine with")
-    prompts = golden_prompts(Tokenizer.from_buffer(data), limits)
+    prompts = golden_prompts(tokenizer_of(checkpoint), limits)
     packs, derived, corrections = (
         ({}, {}, {}) if lowered is None else (lowered.packs, lowered.derived, lowered.corrections)
     )
@@ -136,6 +134,14 @@ def record(
     return Recorded(
         staging / _EXACT, [prompt.tolist() for prompt in prompts], written.finish(file_source(lowered, load))
     )
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises BuildError if it has none."""
+    data = checkpoint.files.get("tokenizer.json")
+    if data is None:
+        raise BuildError("the checkpoint has no tokenizer.json, so no prompts to run the model on")
+    return Tokenizer.from_buffer(data)
 
 
 def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits, quality: str) -> Proof:
@@ -158,9 +164,12 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
     tight = msgspec.structs.replace(limits, capacity=longest, max_chunk=min(limits.max_chunk, longest))
     graphs = {"universal": ProofRequest(str(staging / UNIVERSAL), spec, tight, "float32", True, is_quantized(module))}
     if (staging / LOWERED).is_file():
-        allowed = "float32" if quality == "exact" else quality
+        rounded = (staging / CACHE_SCALES).is_file()
+        scales = str(staging / CACHE_SCALES) if rounded else ""
+        allowed = thresholds_of(quality, int8_cache=rounded)
         prefill = (str(staging / PREFILL), SHORTEST_PREFILL) if (staging / PREFILL).is_file() else None
-        request = ProofRequest(str(staging / LOWERED), spec, limits, allowed, prefill=prefill)
+        own = spec.with_states("int8") if rounded else spec
+        request = ProofRequest(str(staging / LOWERED), own, limits, allowed, prefill=prefill, cache_scales=scales)
         graphs = {"onnxruntime": request, **graphs}
     proven = {
         name: msgspec.structs.replace(_prove_elsewhere(name, request, recorded.exact), weights=recorded.weights)
@@ -197,24 +206,53 @@ def golden_prompts(tokenizer: Tokenizer, limits: Limits) -> list[NDArray[np.int6
 
 def run_eager(module: CausalModel, load: Callable[[str], Tensor], prompts: Sequence[NDArray[np.int64]]) -> Golden:
     """Run the eager model over all prompts at once, one module's weights in memory at a time."""
+    ids, lens = padded(prompts)
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    logits, states = feed_eager(module, load, ids, lens, positions)
+    return Golden.of(prompts, logits.float()[torch.from_numpy(positions < lens[:, None])].numpy(), states)
+
+
+def padded(prompts: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The prompts as one step of a batch: ids (B, S), zeros where a prompt is shorter, and lengths (B,)."""
     lens = np.array([len(prompt) for prompt in prompts], np.int32)
     ids = np.zeros((len(prompts), int(lens.max())), np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
+    return ids, lens
+
+
+def feed_eager(
+    module: CausalModel,
+    load: Callable[[str], Tensor],
+    ids: NDArray[np.int64],
+    lens: NDArray[np.int32],
+    logit_positions: NDArray[np.int64],
+) -> tuple[Tensor, list[list[NDArray[np.float32]]]]:
+    """Run one step of the eager model over empty rows, one module's weights in memory at a time.
+
+    Args:
+        module: built on the meta device, tables real.
+        load: parameter name -> tensor.
+        ids: (B, S) right-padded token ids.
+        lens: (B,) valid ones.
+        logit_positions: (B, K).
+
+    Returns:
+        logits (B, K, V), and of each row its state tensors (Hkv, length, D).
+    """
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, length)
     handles = [handle for name, part in module.named_modules() for handle in stream_parameters(name, part, load)]
     try:
         with torch.no_grad():
             cache = Cache.zeros(module.kv_shapes, batch, length)
-            offsets = torch.zeros(batch, dtype=torch.int32)
-            logits = module(torch.from_numpy(ids), offsets, positions, torch.from_numpy(lens), positions, cache)
+            offsets, wanted = torch.zeros(batch, dtype=torch.int32), torch.tensor(logit_positions)
+            logits = module(torch.from_numpy(ids), offsets, positions, torch.from_numpy(lens), wanted, cache)
     finally:
         for handle in handles:
             handle.remove()
-    valid = torch.from_numpy(np.arange(length)[None] < lens[:, None])
     states = [[state[row, :, : lens[row]].numpy() for state in cache.tensors()] for row in range(batch)]
-    return Golden.of(prompts, logits.float()[valid].numpy(), states)
+    return logits, states
 
 
 def stream_parameters(name: str, module: CausalModel, load: Callable[[str], Tensor]) -> list[RemovableHandle]:

@@ -219,7 +219,15 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
 
     provider: Literal["cpu", "cuda"] = "cuda" if target.kind == CUDA_PROVIDER else "cpu"
     model, prefill = _onnx_graphs(bundle, target)
-    return OnnxRuntimeEngine(model, spec, limits, threads=threads, provider=provider, prefill=prefill)
+    return OnnxRuntimeEngine(
+        model,
+        spec.with_states(target.kv_dtype) if target.kv_dtype else spec,
+        limits,
+        threads=threads,
+        provider=provider,
+        prefill=prefill,
+        cache_scales=bundle.file(target.cache_scales) if target.cache_scales else None,
+    )
 
 
 def _onnx_graphs(bundle: Bundle, target: Target) -> tuple[Path, tuple[Path, int] | None]:
@@ -250,6 +258,8 @@ def _universal(bundle: Bundle) -> tuple[Target, ...]:
             target,
             name=CUDA_PROVIDER,
             kind=CUDA_PROVIDER,
+            kv_dtype="",
+            cache_scales="",
             graphs=(msgspec.structs.replace(target.graphs[0], role="any", file=_UNIVERSAL),),
             parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
         )

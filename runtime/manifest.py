@@ -66,6 +66,11 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     states: tuple[StateSpec, ...]
     logits: TensorSpec
 
+    def with_states(self, dtype: str) -> "Contract":
+        """The same with all states of another dtype."""
+        states = tuple(msgspec.structs.replace(state, dtype=dtype) for state in self.states)
+        return msgspec.structs.replace(self, states=states)
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """capacity: cached tokens a row. max_batch: rows a step. max_chunk: new tokens of a row in a step."""
@@ -161,6 +166,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     compute_capabilities: of the GPUs that can run it. kernels: file of the plugins' kernels, none if empty. plugins:
     operator -> nodes that became plugins. log: file of TensorRT's messages. warnings: of its build, in words.
     weight_bytes: on the device, 0 if unknown. quality: of ONNX Runtime's arithmetic, `exact`, `balanced` or `fast`.
+    cache_scales: file of the scales of states in int8, none if empty.
     """
 
     name: str
@@ -179,6 +185,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     weight_bytes: int = 0
     quality: str = "exact"
+    cache_scales: str = ""
 
     def __post_init__(self) -> None:
         if not self.kind:

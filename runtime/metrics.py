@@ -87,11 +87,19 @@ THRESHOLDS: dict[str, Thresholds] = {
         _of_unit_roundoff("float32", 2.0**-24),
         _of_unit_roundoff("float16", 2.0**-11 / 4),  # accumulates in float32, so roundings average out over a row
         _of_unit_roundoff("bfloat16", 2.0**-8 / 4),
+        _of_quality("int8-cache", 2.0**-11, 0.01, 0.02),
         _of_quality("balanced", 2.0**-10, 0.03, 0.03),
         _of_quality("fast", 2.0**-9, 0.15, 0.15),
     )
 }
 """Class of numerics -> thresholds. The bound on the largest logit: float32 9.5e-6, float16 2.0e-2, bfloat16 0.16."""
+
+
+def thresholds_of(quality: str, *, int8_cache: bool = False) -> str:
+    """Name of the thresholds for a class of quality of ONNX Runtime's arithmetic, its cache in floats or in int8."""
+    if quality != "exact":
+        return quality  # 8-bit activations differ by more than the cache adds
+    return "int8-cache" if int8_cache else "float32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,23 @@ RoPE + KvCacheUpdate + CachedAttention become one GroupQueryAttention, residual 
 SkipSimplifiedLayerNormalization, linears multiply by the checkpoint's own (N, K) rows, and the q, k and v of a layer
 are one multiplication. What does not fit a fused operator keeps its marker, and with it its body.
 
-For the quality class `fast` there is a second graph for long steps, whose linears multiply in 8 bits: see `int8`.
+For the quality class `fast` there is a second graph for long steps, whose linears multiply in 8 bits: see `int8`. The KV
+cache can be held in 8 bits: see `int8_cache`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ...runtime import contract
 from ..functions import DOMAIN
 from .gather_early import gather_early
 from .int8 import Derived, round_linears
+from .int8_cache import Scales, calibrate, round_cache
 from .join_linears import join_projections, join_siblings
 from .quantized import Corrections, fuse_quantized
 from .rewrite import MICROSOFT, clean, constant, drop_unused, extent, insert, producer, replace
@@ -32,6 +37,7 @@ class Lowered:
 
     corrections: modules whose weights have wider rows than the universal graph's; see `quantized`.
     prefill: a graph of its own for long steps, or None. derived: initialisers that only it has; see `int8`.
+    cache_scales: of the states that both graphs hold in int8, none if they are floats; see `int8_cache`.
     """
 
     model: ir.Model
@@ -39,6 +45,7 @@ class Lowered:
     corrections: Corrections = field(default_factory=dict)
     prefill: ir.Model | None = None
     derived: Derived = field(default_factory=dict)
+    cache_scales: Scales = field(default_factory=dict)
 
 
 def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
@@ -63,6 +70,24 @@ def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
     clean(model)
     lowered = Lowered(model, _used(packs, model.graph), corrections)
     return _with_prefill(lowered, universal) if quality == "fast" else lowered
+
+
+def with_int8_cache(lowered: Lowered, states: Sequence[Sequence[NDArray[np.floating]]]) -> Lowered:
+    """The same, its graphs changed in place to hold the KV cache in int8.
+
+    Args:
+        lowered: with float states.
+        states: for calibration: of each row of some prompts the state tensors (Hkv, length, D).
+
+    Raises:
+        BuildError: a layer's attention cannot.
+    """
+    scales = calibrate(lowered.model.graph, states)
+    for model in (lowered.model, lowered.prefill):
+        if model is not None:
+            round_cache(model.graph, scales)
+            clean(model)
+    return replace_fields(lowered, cache_scales=scales)
 
 
 def _with_prefill(lowered: Lowered, universal: ir.Model) -> Lowered:
