@@ -16,6 +16,7 @@ from ..models.cache import KvShape
 from ..models.layers import BlockQuantizedWeight, QLinear
 from ..models.quantize import count_weights
 from ..runtime.manifest import Limits
+from .lower.quantized import Correction
 
 _TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
 _GRAPH_BYTES_PER_LAYER = 1 << 20  # traced and translated graph, in memory
@@ -63,6 +64,8 @@ def make_plan(model: CausalModel, limits: Limits, quality: str = "exact", quanti
     """
     unique = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     largest, weights = max(unique.values()), sum(unique.values())
+    if quality != "exact":
+        weights += sum(_correction_bytes(m) for m in model.modules() if isinstance(m, QLinear))
     if quality == "fast":
         rounded = [
             _rounded_bytes(m) for m in model.modules() if isinstance(m, QLinear) and m.shape[0] != limits.vocab_size
@@ -95,6 +98,15 @@ def _rounded_bytes(linear: QLinear) -> int:
     """Of what the prefill graph of the quality `fast` has of a linear: a byte a weight, a scale a row."""
     rows, columns = linear.shape
     return rows * (columns + _ITEM)
+
+
+def _correction_bytes(linear: QLinear) -> int:
+    """Of the columns that stand for a linear's offsets."""
+    if linear.offsets is None:
+        return 0
+    rows, offsets = linear.offsets.shape
+    correction = Correction(linear.form.bits, linear.form.block_size, offsets)
+    return rows * (correction.code_bytes + correction.columns // correction.block_size * _ITEM)
 
 
 def kv_bytes_per_token(shapes: list[KvShape]) -> int:

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from .. import CheckpointError
+from .. import BuildError, CheckpointError
 from . import block_search
 from .checkpoints.base import Checkpoint, CheckpointView, Quantization
 from .form_choice import Choice, choose_forms
@@ -26,7 +26,7 @@ def quantized(checkpoint: Checkpoint, model: nn.Module, quant: str, folder: Path
         checkpoint: whose tensor names are the model's.
         model: as its architecture builds it, on any device.
         quant: `none`, `int8` or `int4`.
-        folder: where a temporary file goes, once a weight is asked for; it is to exist by then.
+        folder: where a temporary file goes, once a weight is asked for; or its nearest parent that is there by then.
 
     Raises:
         BuildError: as of `choose_forms`.
@@ -58,24 +58,28 @@ class QuantizedCheckpoint(CheckpointView):
         )
 
     def load(self, name: str) -> Tensor:
-        """See `Checkpoint`: what the blocks stand for."""
-        if name not in self._forms:
-            return super().load(name)
-        return (self._read(name) if name in self._places else self._quantize(name)).dequantize()
+        """See `Checkpoint`: what the blocks stand for; raises as `blocks` does."""
+        blocks = self.blocks(name) if name in self._forms else None
+        return super().load(name) if blocks is None else blocks.dequantize()
 
     def blocks(self, name: str) -> BlockQuantized | None:
         """See `Checkpoint`.
 
         Raises:
             CheckpointError: as of `load`; or one of the weights is not a finite number.
-            OSError: the temporary file cannot be written.
+            BuildError: the temporary file cannot be written.
         """
         if name not in self._forms:
             return super().blocks(name)
         if name in self._places:
             return self._read(name)
         blocks = self._quantize(name)
-        self._write(name, blocks)
+        try:
+            self._write(name, blocks)
+        except OSError as error:
+            raise BuildError(
+                f"cannot keep the quantised {name} in a temporary file in {self._folder}: {error}"
+            ) from error
         return blocks
 
     def _quantize(self, name: str) -> BlockQuantized:
@@ -89,12 +93,13 @@ class QuantizedCheckpoint(CheckpointView):
 
     def _write(self, name: str, blocks: BlockQuantized) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the view
+            folder = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the view
             weakref.finalize(self, self._file.close)
         place = self._file.seek(0, 2)
         for part in (blocks.codes, blocks.scales, blocks.offsets):
             if part is not None:
-                self._file.write(memoryview(part.numpy()))
+                self._file.write(part.numpy().data)
         self._places[name] = place
 
     def _read(self, name: str) -> BlockQuantized:
