@@ -79,7 +79,7 @@ def test_the_dry_run_says_what_comes_out(folder, tmp_path):
     lines = {line[:20].strip(): line[20:].strip() for line in said.splitlines()}
     assert lines["quant"] == "int4"
     assert "16 weights" in lines["method"]
-    assert lines["temporary file"].endswith("kB")
+    assert lines["temporary file"] == "1 MB"
     assert list(tmp_path.iterdir()) == []
 
 
