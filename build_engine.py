@@ -26,6 +26,7 @@ DEFAULT_CAPACITY = 4096
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 QUALITIES = ("exact", "balanced", "fast")
 CACHES = ("float32", "int8")
+QUANTS = ("none", "int8", "int4")
 CHUNKS = {"exact": 256, "balanced": 256, "fast": 192}
 """New tokens of a row in one step, by quality. Attention computes the whole square of a chunk, half of it for nothing,
 and where the linears are cheaper that weighs more."""
@@ -43,6 +44,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ("onnxruntime",)
     quality: str = "balanced"
     kv: str = "float32"
+    quant: str = "none"
     capacity: int = 0
     max_batch: int = 8
     max_chunk: int = 0
@@ -95,6 +97,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.models.checkpoints.lora import merge_adapters, parse_lora
     from zonda.models.loading import check_sizes, match_parameters
     from zonda.models.quantize import is_quantized, quantize_modules, quantize_norms, quantized_forms
+    from zonda.models.quantize_floats import quantized
     from zonda.models.stacking import stacked
     from zonda.runtime.metrics import THRESHOLDS
 
@@ -113,6 +116,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         raise BuildError("--reference transformers is part of the proof, and --verify off asks for none")
     if options.reference == "transformers" and options.lora:
         raise BuildError("--reference transformers reads the checkpoint without adapters; build without --lora")
+    _check_quant(options)
     steps = Steps(console)
     if not options.dry_run:
         refuse_existing(output, overwrite=options.overwrite)
@@ -127,6 +131,8 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
         limits = _limits(config.max_position_embeddings, config.vocab_size, options)
         with torch.device("meta"):
             module = architecture.for_rows(config, limits.capacity, limits.max_chunk)
+        checkpoint = quantized(checkpoint, module, options.quant, output.absolute().parent)
+        with torch.device("meta"):
             if options.quality != "exact":
                 quantize_modules(module, quantized_forms(module, checkpoint))
         dequantised = quantize_norms(module, checkpoint)
@@ -142,7 +148,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
             f"--quality fast is for steps of {SHORTEST_PREFILL} tokens and more; with chunks of {limits.max_chunk} "
             "there are none: raise --max-chunk and --capacity, or use --quality balanced"
         )
-    estimate = plan.make_plan(module, limits, quality, options.kv)
+    estimate = plan.make_plan(module, limits, quality, kv=options.kv, quantizes=options.quant != "none")
     devices = [device_plan.make_device_plan(module, limits, wanted.name) for wanted in plans]
     if options.dry_run:
         console.print(describe.plan_page(estimate, checkpoint, limits, devices), highlight=False)
@@ -249,6 +255,23 @@ def _tensorrt_plans(options: BuildOptions) -> "list[PlanOptions]":
     return [PlanOptions(target, dtype, capabilities, choice) for target in chosen for choice in plugins]
 
 
+def _check_quant(options: BuildOptions) -> None:
+    """Raise `BuildError` if --quant is impossible, by itself or beside another option."""
+    if options.quant not in QUANTS:
+        raise BuildError(f"--quant is one of {', '.join(QUANTS)}, found {options.quant!r}")
+    if options.quant == "none":
+        return
+    if options.quality == "exact":
+        raise BuildError(
+            "--quality exact holds all weights in float32, so --quant would cost precision and save nothing; choose one"
+        )
+    if options.reference == "transformers":
+        raise BuildError(
+            "--reference transformers reads the checkpoint's weights as they are; build without --quant to prove the "
+            "eager model, then with it"
+        )
+
+
 def _capabilities(text: str) -> tuple[int, ...]:
     """`80,86,120` or `8.0,8.6,12.0` as numbers."""
     found = [part.strip().replace(".", "") for part in text.split(",") if part.strip()]
@@ -285,6 +308,10 @@ def build(
     kv: Annotated[
         str, typer.Option(help="What the KV cache of ONNX Runtime holds: float32, or int8, a quarter of it.")
     ] = "float32",
+    quant: Annotated[
+        str,
+        typer.Option(help="Of weights in floats: int8, int4 (8 bits where it matters most) or none. Needs no data."),
+    ] = "none",
     capacity: Annotated[
         int, typer.Option(help=f"Tokens a row can hold; 0 is what the model knows, {DEFAULT_CAPACITY} at most.")
     ] = 0,
@@ -326,6 +353,7 @@ def build(
             targets=tuple(target or ("onnxruntime",)),
             quality=quality,
             kv=kv,
+            quant=quant,
             capacity=capacity,
             max_batch=max_batch,
             max_chunk=max_chunk,

@@ -37,6 +37,8 @@ def plan_page(plan: Plan, checkpoint: Checkpoint, limits: Limits, devices: Seque
     lines = [
         ("model", f"{checkpoint.source.name}: {plan.parameters:,} parameters, {checkpoint.source.format}"),
         ("bundle on disk", gigabytes(plan.bundle)),
+        *([("temporary file", gigabytes(plan.scratch))] if plan.scratch else []),
+        *_quantization(checkpoint).items(),
         ("build memory, peak", f"at most {gigabytes(plan.build_memory)}"),
         ("engine memory", f"at most {gigabytes(plan.engine_memory)} with one full row"),
         ("KV cache", f"{plan.kv_per_token:,} bytes a token; {gigabytes(row)} a row of {limits.capacity} tokens"),
@@ -98,7 +100,10 @@ def make_manifest(
         contract=make_contract(module.kv_shapes, limits.vocab_size),
         limits=limits,
         kv_bytes_per_token=kv_bytes_per_token(module.kv_shapes, kv),
-        quantization=tensor_classes(module) | {"kv": held} | ({"dequantized": dequantized} if dequantized else {}),
+        quantization=tensor_classes(module)
+        | {"kv": held}
+        | ({"dequantized": dequantized} if dequantized else {})
+        | _quantization(checkpoint),
         eos_token_ids=eos_token_ids(_generation_config(checkpoint), checkpoint.config),
         targets=(*targets, *others),
         files=dict(files),
@@ -136,6 +141,15 @@ def _source(checkpoint: Checkpoint) -> Source:
         sha256=checkpoint.sha256(),
         adapters=tuple(Adapter(name=a.name, scale=a.scale, sha256=dict(a.sha256)) for a in found.adapters),
     )
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, str]:
+    """How this build quantised the weights: `{"quant": "int4", "method": …}`; nothing if it did not."""
+    made = checkpoint.source.quantization
+    if made is None:
+        return {}
+    method = f"{made.weights} weights, blocks searched for the least weighted error"
+    return {"quant": made.quant, "method": method + (f", {made.raised} raised to 8 bits" if made.raised else "")}
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, object]:

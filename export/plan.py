@@ -14,9 +14,10 @@ import psutil
 from .. import BuildError
 from ..models.architecture import CausalModel
 from ..models.cache import KvShape
-from ..models.layers import QLinear
+from ..models.layers import BlockQuantizedWeight, QLinear
 from ..models.quantize import count_weights
 from ..runtime.manifest import Limits
+from .lower.quantized import Correction
 
 _TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
 _GRAPH_BYTES_PER_LAYER = 1 << 20  # traced and translated graph, in memory
@@ -30,7 +31,7 @@ class Plan:
     """Bytes, unless said otherwise.
 
     bundle: on disk. build_memory: peak resident memory of the build itself. engine_memory: of the engine with one
-    row of full capacity, which the proof needs too. kv_per_token: of one row.
+    row of full capacity, which the proof needs too. kv_per_token: of one row. scratch: of a temporary file beside it.
     """
 
     parameters: int
@@ -40,13 +41,16 @@ class Plan:
     kv_per_token: int
     provable: bool
     why_not_provable: str
+    scratch: int = 0
 
     def require(self, destination: Path) -> None:
         """Raise `BuildError` if the disk of `destination` or this host's memory is too small."""
         parent = next(p for p in (destination, *destination.parents) if p.exists())
         free = shutil.disk_usage(parent).free
-        if self.bundle > free:
-            raise BuildError(f"the bundle needs {gigabytes(self.bundle)}, the disk of {parent} has {gigabytes(free)}")
+        if self.bundle + self.scratch > free:
+            meanwhile = f" and {gigabytes(self.scratch)} while it is built" if self.scratch else ""
+            needed = gigabytes(self.bundle) + meanwhile
+            raise BuildError(f"the bundle needs {needed}, the disk of {parent} has {gigabytes(free)}")
         available = psutil.virtual_memory().available
         if self.build_memory > available:
             raise BuildError(
@@ -54,10 +58,22 @@ class Plan:
             )
 
 
-def make_plan(model: CausalModel, limits: Limits, quality: str = "exact", kv: str = "float32") -> Plan:
-    """Predict from the model's shapes (on the meta device), the limits, the class of quality and the cache's dtype."""
+def make_plan(
+    model: CausalModel, limits: Limits, quality: str = "exact", *, kv: str = "float32", quantizes: bool = False
+) -> Plan:
+    """Predict.
+
+    Args:
+        model: on the meta device.
+        limits: of the engine.
+        quality: the class asked for.
+        kv: dtype of the engine's cache.
+        quantizes: whether the build puts floats into blocks, which it keeps in a file until it is done.
+    """
     unique = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     largest, weights = max(unique.values()), sum(unique.values())
+    if quality != "exact":
+        weights += sum(_correction_bytes(m) for m in model.modules() if isinstance(m, QLinear))
     if quality == "fast":
         rounded = [
             _rounded_bytes(m) for m in model.modules() if isinstance(m, QLinear) and m.shape[0] != limits.vocab_size
@@ -75,13 +91,30 @@ def make_plan(model: CausalModel, limits: Limits, quality: str = "exact", kv: st
     provable = needed <= available
     why_not = "" if provable else f"it needs {gigabytes(needed)} of memory, the build host had {gigabytes(available)}"
     peak = max(build, needed) if provable else build
-    return Plan(count_weights(model), weights + _FILES_BYTES, peak, engine, token, provable, why_not)
+    scratch = _blocks_bytes(model) if quantizes else 0
+    return Plan(count_weights(model), weights + _FILES_BYTES, peak, engine, token, provable, why_not, scratch)
+
+
+def _blocks_bytes(model: CausalModel) -> int:
+    """Of all block-quantised weights, shared ones once."""
+    held = (m for m in model.modules() if isinstance(m, BlockQuantizedWeight))
+    parts = {id(p): p.nbytes for m in held for p in (m.codes, m.scales, m.offsets) if p is not None}
+    return sum(parts.values())
 
 
 def _rounded_bytes(linear: QLinear) -> int:
     """Of what the prefill graph of the quality `fast` has of a linear: a byte a weight, a scale a row."""
     rows, columns = linear.shape
     return rows * (columns + _ITEM)
+
+
+def _correction_bytes(linear: QLinear) -> int:
+    """Of the columns that stand for a linear's offsets."""
+    if linear.offsets is None:
+        return 0
+    rows, offsets = linear.offsets.shape
+    correction = Correction(linear.form.bits, linear.form.block_size, offsets)
+    return rows * (correction.code_bytes + correction.columns // correction.block_size * _ITEM)
 
 
 def kv_bytes_per_token(shapes: list[KvShape], dtype: str = "float32") -> int:

@@ -109,11 +109,14 @@ def _record(opened: "Bundle", reference: Reference, prompts: Sequence[str | Sequ
 
 
 def _run_eager(checkpoint: str, opened: "Bundle", rows: "Sequence[NDArray[np.int64]]") -> "Golden":
+    import tempfile
+
     import torch
 
     from ..models import registry
     from ..models.checkpoints import open_checkpoint
     from ..models.loading import match_parameters
+    from ..models.quantize_floats import quantized
     from ..models.stacking import stacked
     from .onnx_files import tensor_source
     from .proof import run_eager
@@ -124,6 +127,8 @@ def _run_eager(checkpoint: str, opened: "Bundle", rows: "Sequence[NDArray[np.int
     limits = opened.manifest.limits
     with torch.device("meta"):
         module = architecture.for_rows(architecture.read_config(source.config), limits.capacity, limits.max_chunk)
+    quant = opened.manifest.quantization.get("quant", "none")
+    source = quantized(source, module, quant, Path(tempfile.gettempdir()))
     names = match_parameters(module, source, architecture.ignored)
     return run_eager(module, tensor_source(module, source, names), rows)
 

@@ -28,11 +28,11 @@ def quantized_forms(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Form]
     Returns:
         Parameter name (`model.layers.0.mlp.up_proj.weight`) -> form.
     """
-    replaceable = {f"{name}.weight" for name, _ in _replaceable(model)}
+    allowed = {f"{name}.weight" for name, _ in replaceable(model)}
     forms: dict[str, Form] = {}
     for names in aliases(wanted_tensors(model)):
         found = {checkpoint.tensors[name].form for name in names if name in checkpoint.tensors}
-        if len(found) == 1 and replaceable.issuperset(names):
+        if len(found) == 1 and allowed.issuperset(names):
             (form,) = found
             forms |= {} if form is None else dict.fromkeys(names, form)
     return forms
@@ -52,7 +52,7 @@ def quantize_modules(model: nn.Module, forms: Mapping[str, Form]) -> None:
     """
     left = dict(forms)
     shared: dict[int, BlockQuantizedWeight] = {}
-    for name, module in list(_replaceable(model)):
+    for name, module in list(replaceable(model)):
         form = left.pop(f"{name}.weight", None)
         if form is None:
             continue
@@ -129,8 +129,8 @@ def dequantized_types(model: nn.Module, checkpoint: Checkpoint) -> str:
     return ", ".join(sorted(stored.difference(FLOATS)))
 
 
-def _replaceable(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:
-    """Linears and embeddings by name; not subclasses, which may compute something else."""
+def replaceable(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:
+    """Linears and embeddings by name, shared ones under each; not subclasses, which may compute something else."""
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) in (Linear, Embedding):
             yield name, module

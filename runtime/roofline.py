@@ -18,7 +18,7 @@ from .manifest import Target
 CONTEXT = 1024
 """Cached tokens of the decode step, and tokens of the prompt, as far as the capacity allows."""
 
-_ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_ITEM_SIZES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 A spec opens as one subject, or, between two of them, as the chain of everything that lies on the way.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from ...models.architecture import CausalModel
 from ...models.checkpoints import open_checkpoint
 from ...models.checkpoints.base import Checkpoint
 from ...models.loading import match_parameters
+from ...models.quantize_floats import quantized
 from ...models.stacking import stacked
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.loader import choose_target, open_engine
@@ -74,14 +76,16 @@ def parse(text: str) -> Spec:
 class Source:
     """A checkpoint or a bundle, opened once, and the subjects that it gives."""
 
-    def __init__(self, spec: Spec, limits: Limits | None = None) -> None:
+    def __init__(self, spec: Spec, limits: Limits | None = None, quant: str = "none") -> None:
         """Wrap.
 
         Args:
             spec: of any subject of it.
             limits: for a checkpoint: those of the bundle that it is compared with.
+            quant: for a checkpoint of floats: how that bundle's build quantised it.
         """
         self.spec = spec
+        self._quant = quant
         self._limits = limits
 
     @property
@@ -126,8 +130,14 @@ class Source:
         architecture = registry.of_config(self.checkpoint.config)
         with torch.device("meta"):
             module = architecture.for_rows(self._config, self.limits.capacity, self.limits.max_chunk)
-        names = match_parameters(module, self.checkpoint, architecture.ignored)
-        return module, reader(module, tensor_source(module, self.checkpoint, names))
+        checkpoint = quantized(self.checkpoint, module, self._quant, Path(tempfile.gettempdir()))
+        names = match_parameters(module, checkpoint, architecture.ignored)
+        return module, reader(module, tensor_source(module, checkpoint, names))
+
+    @property
+    def quant(self) -> str:
+        """What the bundle's build was told to do with weights in floats."""
+        return self.bundle.manifest.quantization.get("quant", "none")
 
     @property
     def dtype(self) -> str:
@@ -185,9 +195,9 @@ def open_sources(a: Spec, b: Spec) -> tuple[Source, Source]:
         return wider, wider
     second = Source(b)
     if first.is_bundle and not second.is_bundle:
-        return first, Source(b, first.limits)
+        return first, Source(b, first.limits, first.quant)
     if second.is_bundle and not first.is_bundle:
-        return Source(a, second.limits), second
+        return Source(a, second.limits, second.quant), second
     return first, second
 
 

@@ -105,9 +105,9 @@ def round_cache(graph: ir.Graph, scales: Scales) -> None:
     for number, node in enumerate(list(_attentions(graph))):
         key, value = _states_of(node)
         _branch(graph, f"layer_{number}", _Layer(node, scales[key], scales[value]), *lengths)
-    for value in (*graph.inputs, *graph.outputs):
-        if value.name and value.name.startswith(("past_key_values.", "present.")):
-            value.type = ir.TensorType(ir.DataType.INT8)
+    for state in (*graph.inputs, *graph.outputs):
+        if state.name and state.name.startswith(("past_key_values.", "present.")):
+            state.type = ir.TensorType(ir.DataType.INT8)
 
 
 def _attentions(graph: ir.Graph) -> list[ir.Node]:
@@ -202,13 +202,14 @@ def _long(graph: ir.Graph, name: str, layer: _Layer, reach: ir.Value) -> ir.Grap
     def scaled(value: ir.Value | None, part: str, factors: NDArray[np.float32]) -> ir.Value:
         return branch.add("Mul", [value, constant(graph, f"{name}.{part}_factors", ir.tensor(factors))])[0]
 
-    queries, keys, values = layer.of_queries(layer.key_scales), 1 / layer.key_scales, 1 / layer.value_scales
+    queries = layer.of_queries(layer.key_scales)
+    keys, values = np.reciprocal(layer.key_scales), np.reciprocal(layer.value_scales)
     if inputs[_KEY] is None:
-        inputs[0] = scaled(inputs[0], "packed", np.concatenate([queries, keys.reshape(-1), values.reshape(-1)]))
+        inputs[0] = scaled(inputs[0], "packed", np.concatenate([queries, keys.ravel(), values.ravel()]))
     else:
         inputs[0] = scaled(inputs[0], "query", queries)
-        inputs[_KEY] = scaled(inputs[_KEY], "key", keys.reshape(-1))
-        inputs[_VALUE] = scaled(inputs[_VALUE], "value", values.reshape(-1))
+        inputs[_KEY] = scaled(inputs[_KEY], "key", keys.ravel())
+        inputs[_VALUE] = scaled(inputs[_VALUE], "value", values.ravel())
     start = constant(graph, "from_first", ir.tensor([0], dtype=ir.DataType.INT32))
     axis = constant(graph, "positions_axis", ir.tensor([2], dtype=ir.DataType.INT32))
     caches = inputs[_PAST_KEY], inputs[_PAST_VALUE]
@@ -220,7 +221,7 @@ def _long(graph: ir.Graph, name: str, layer: _Layer, reach: ir.Value) -> ir.Grap
     )
     one = constant(graph, "scale_1", ir.tensor(np.float32(1)))
     zero = constant(graph, "zero_i8", ir.tensor(np.int8(0)))
-    written = []
+    written: list[ir.Value] = []
     for cache, present in zip(caches, presents, strict=True):
         (codes,) = branch.add("QuantizeLinear", [present, one, zero])
         written += branch.add("TensorScatter", [cache, codes], {"axis": 2})  # from the first position on

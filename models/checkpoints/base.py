@@ -47,16 +47,29 @@ class AdapterSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """How weights in floats were put into blocks. quant: `int8` or `int4`. weights: how many were.
+
+    raised: how many of them have 8 bits although `int4` would have given them 4.
+    """
+
+    quant: str
+    weights: int
+    raised: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSource:
     """name: as the user gave it, without folders. format: `safetensors BF16`, `GGUF Q4_1`. revision: a hub commit.
 
-    adapters: what was merged into its weights, in that order.
+    adapters: what was merged into its weights, in that order. quantization: of weights that the files have in floats.
     """
 
     name: str
     format: str
     revision: str | None = None
     adapters: tuple[AdapterSource, ...] = ()
+    quantization: Quantization | None = None
 
 
 class Checkpoint(Protocol):
