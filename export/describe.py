@@ -25,7 +25,7 @@ from ..runtime.manifest import (
 )
 from .device_plan import DevicePlan
 from .lower.int8 import SHORTEST_PREFILL
-from .onnx_files import CACHE_SCALES, LOWERED, PREFILL, WEIGHTS
+from .onnx_files import CACHE_FORMS, LOWERED, PREFILL, WEIGHTS
 from .plan import Plan, gigabytes, kv_bytes_per_token
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -127,8 +127,8 @@ def _onnxruntime_target(limits: Limits, parity: Parity, quality: str, files: Con
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS},
         parity=parity,
         quality=quality,
-        kv_dtype="int8" if CACHE_SCALES in files else "",
-        cache_scales=CACHE_SCALES if CACHE_SCALES in files else "",
+        kv_dtype="int8" if CACHE_FORMS in files else "",
+        cache_forms=CACHE_FORMS if CACHE_FORMS in files else "",
     )
 
 

@@ -1,6 +1,6 @@
 """The ONNX side of a bundle: `onnx/universal.onnx`, `onnx/onnxruntime.onnx`, and the one weight file they read.
 
-A bundle of the quality class `fast` has `onnx/prefill.onnx` beside them, one whose KV cache is in int8 the scales.
+A bundle of the quality class `fast` has `onnx/prefill.onnx` beside them, one whose KV cache is in int8 has its scales.
 """
 
 import itertools
@@ -27,7 +27,7 @@ UNIVERSAL = f"{DIRECTORY}/universal.onnx"
 LOWERED = f"{DIRECTORY}/onnxruntime.onnx"
 PREFILL = f"{DIRECTORY}/prefill.onnx"
 WEIGHTS = f"{DIRECTORY}/weights.bin"
-CACHE_SCALES = f"{DIRECTORY}/cache_scales.safetensors"
+CACHE_FORMS = f"{DIRECTORY}/cache.safetensors"
 
 
 def tensor_source(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str], Tensor]:
@@ -75,8 +75,8 @@ def write(staging: Path, universal: ir.Model, lowered: Lowered | None, load: Cal
     for file, model in graphs.items():
         attach(model, layout, Path(WEIGHTS).name)
         (staging / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-    if lowered.cache_scales:
-        (staging / CACHE_SCALES).write_bytes(save(dict(lowered.cache_scales)))
+    if lowered.cache_forms:
+        (staging / CACHE_FORMS).write_bytes(save(lowered.cache_forms))
 
 
 def file_source(lowered: Lowered | None, load: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

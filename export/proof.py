@@ -35,7 +35,7 @@ from .describe import make_contract
 from .lower.int8 import SHORTEST_PREFILL
 from .lower.onnxruntime import Lowered
 from .lower.quantized import as_written
-from .onnx_files import CACHE_SCALES, LOWERED, PREFILL, UNIVERSAL, file_source
+from .onnx_files import CACHE_FORMS, LOWERED, PREFILL, UNIVERSAL, file_source
 from .weight_proof import WrittenWeights
 
 _TEXTS = (
@@ -164,12 +164,12 @@ def prove(staging: Path, recorded: Recorded, module: CausalModel, limits: Limits
     tight = msgspec.structs.replace(limits, capacity=longest, max_chunk=min(limits.max_chunk, longest))
     graphs = {"universal": ProofRequest(str(staging / UNIVERSAL), spec, tight, "float32", True, is_quantized(module))}
     if (staging / LOWERED).is_file():
-        rounded = (staging / CACHE_SCALES).is_file()
-        scales = str(staging / CACHE_SCALES) if rounded else ""
+        rounded = (staging / CACHE_FORMS).is_file()
+        scales = str(staging / CACHE_FORMS) if rounded else ""
         allowed = thresholds_of(quality, int8_cache=rounded)
         prefill = (str(staging / PREFILL), SHORTEST_PREFILL) if (staging / PREFILL).is_file() else None
         own = spec.with_states("int8") if rounded else spec
-        request = ProofRequest(str(staging / LOWERED), own, limits, allowed, prefill=prefill, cache_scales=scales)
+        request = ProofRequest(str(staging / LOWERED), own, limits, allowed, prefill=prefill, cache_forms=scales)
         graphs = {"onnxruntime": request, **graphs}
     proven = {
         name: msgspec.structs.replace(_prove_elsewhere(name, request, recorded.exact), weights=recorded.weights)

@@ -226,7 +226,7 @@ def open_engine(bundle: Bundle, target: Target, limits: Limits, threads: int | N
         threads=threads,
         provider=provider,
         prefill=prefill,
-        cache_scales=bundle.file(target.cache_scales) if target.cache_scales else None,
+        cache_forms=bundle.file(target.cache_forms) if target.cache_forms else None,
     )
 
 
@@ -259,7 +259,7 @@ def _universal(bundle: Bundle) -> tuple[Target, ...]:
             name=CUDA_PROVIDER,
             kind=CUDA_PROVIDER,
             kv_dtype="",
-            cache_scales="",
+            cache_forms="",
             graphs=(msgspec.structs.replace(target.graphs[0], role="any", file=_UNIVERSAL),),
             parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
         )

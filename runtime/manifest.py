@@ -166,7 +166,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     compute_capabilities: of the GPUs that can run it. kernels: file of the plugins' kernels, none if empty. plugins:
     operator -> nodes that became plugins. log: file of TensorRT's messages. warnings: of its build, in words.
     weight_bytes: on the device, 0 if unknown. quality: of ONNX Runtime's arithmetic, `exact`, `balanced` or `fast`.
-    cache_scales: file of the scales of states in int8, none if empty.
+    cache_forms: file that says how states in int8 are rounded, none if empty.
     """
 
     name: str
@@ -185,7 +185,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     weight_bytes: int = 0
     quality: str = "exact"
-    cache_scales: str = ""
+    cache_forms: str = ""
 
     def __post_init__(self) -> None:
         if not self.kind:

@@ -23,7 +23,7 @@ from .schedules import Schedule, quick_schedules, schedules
 class ProofRequest(msgspec.Struct, frozen=True):
     """What to prove: a graph for ONNX Runtime by its path, how to drive it, and the thresholds' name.
 
-    as_stored, prefill: see `OnnxRuntimeEngine`. quick: see `prove`. cache_scales: the file, none if empty.
+    as_stored, prefill: see `OnnxRuntimeEngine`. quick: see `prove`. cache_forms: the file, none if empty.
     """
 
     model: str
@@ -33,7 +33,7 @@ class ProofRequest(msgspec.Struct, frozen=True):
     as_stored: bool = False
     quick: bool = False
     prefill: tuple[str, int] | None = None
-    cache_scales: str = ""
+    cache_forms: str = ""
 
 
 def prove(
@@ -235,7 +235,7 @@ def main(golden_file: str) -> int:
             request.limits,
             as_stored=request.as_stored,
             prefill=request.prefill and (Path(request.prefill[0]), request.prefill[1]),
-            cache_scales=Path(request.cache_scales) if request.cache_scales else None,
+            cache_forms=Path(request.cache_forms) if request.cache_forms else None,
         )
         golden = Golden.read(Path(golden_file))
         parity = prove(engine, golden, THRESHOLDS[request.thresholds], quick=request.quick)

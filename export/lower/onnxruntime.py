@@ -8,6 +8,7 @@ For the quality class `fast` there is a second graph for long steps, whose linea
 cache can be held in 8 bits: see `int8_cache`.
 """
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 
 from ...runtime import contract
 from ..functions import DOMAIN
+from .cache_forms import calibrate
 from .gather_early import gather_early
 from .int8 import Derived, round_linears
-from .int8_cache import Scales, calibrate, round_cache
+from .int8_cache import round_cache
 from .join_linears import join_projections, join_siblings
 from .quantized import Corrections, fuse_quantized
 from .rewrite import MICROSOFT, clean, constant, drop_unused, extent, insert, producer, replace
@@ -37,7 +39,7 @@ class Lowered:
 
     corrections: modules whose weights have wider rows than the universal graph's; see `quantized`.
     prefill: a graph of its own for long steps, or None. derived: initialisers that only it has; see `int8`.
-    cache_scales: of the states that both graphs hold in int8, none if they are floats; see `int8_cache`.
+    cache_forms: how the states are rounded, the tensors of the bundle's file; none if they are floats. See `cache_forms`.
     """
 
     model: ir.Model
@@ -45,7 +47,7 @@ class Lowered:
     corrections: Corrections = field(default_factory=dict)
     prefill: ir.Model | None = None
     derived: Derived = field(default_factory=dict)
-    cache_scales: Scales = field(default_factory=dict)
+    cache_forms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def lower(universal: ir.Model, quality: str = "exact") -> Lowered:
@@ -82,12 +84,13 @@ def with_int8_cache(lowered: Lowered, states: Sequence[Sequence[NDArray[np.float
     Raises:
         BuildError: a layer's attention cannot.
     """
-    scales = calibrate(lowered.model.graph, states)
+    forms = calibrate(lowered.model.graph, states)
     for model in (lowered.model, lowered.prefill):
         if model is not None:
-            round_cache(model.graph, scales)
+            round_cache(model.graph, forms)
             clean(model)
-    return replace_fields(lowered, cache_scales=scales)
+    tensors = [form.tensors(key) for key, form in forms.items()]
+    return replace_fields(lowered, cache_forms=dict(collections.ChainMap(*tensors)))
 
 
 def _with_prefill(lowered: Lowered, universal: ir.Model) -> Lowered:

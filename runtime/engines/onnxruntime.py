@@ -20,7 +20,7 @@ from ... import EngineError
 from .. import contract
 from ..manifest import Contract, Limits
 from . import Float32, Int32, Int64, KvCache, check_step
-from .cache_scales import read_scales
+from .cache_forms import StateForm, read_forms
 from .ort import onnxruntime as ort
 from .ort_session import Provider, open_session
 
@@ -40,16 +40,14 @@ class HostKvCache:
     each head takes 2 MB.)
     """
 
-    def __init__(
-        self, spec: Contract, limits: Limits, rows: int, scales: Sequence[NDArray[np.float32]] | None = None
-    ) -> None:
+    def __init__(self, spec: Contract, limits: Limits, rows: int, forms: Sequence[StateForm] | None = None) -> None:
         """Allocate.
 
         Args:
             spec: whose states they are.
             limits: capacity and chunk.
             rows: how many.
-            scales: (Hkv, D) of each state, if they hold codes.
+            forms: of each state, if they hold codes.
         """
         dimensions = {contract.BATCH: rows, contract.CAPACITY: limits.capacity + limits.max_chunk}
         self.rows = rows
@@ -62,7 +60,7 @@ class HostKvCache:
             for state, shape, place in zip(spec.states, shapes, places[:-1], strict=True)
         ]
         self.bindings: dict[tuple[int, ...], _Binding] = {}
-        self._scales = scales
+        self._forms = forms
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See `KvCache`."""
@@ -72,9 +70,9 @@ class HostKvCache:
     def read(self, row: int, length: int) -> list[NDArray[Any]]:
         """See `KvCache`."""
         held = [buffer[row, :, :length] for buffer in self.buffers]
-        if self._scales is None:
+        if self._forms is None:
             return held
-        return [codes * scales[:, None] for codes, scales in zip(held, self._scales, strict=True)]
+        return [form.widen(codes) for codes, form in zip(held, self._forms, strict=True)]
 
 
 class _StepBuffers:
@@ -147,7 +145,7 @@ class OnnxRuntimeEngine:
         cuda: Any = None,
         as_stored: bool = False,
         prefill: tuple[Path, int] | None = None,
-        cache_scales: Path | None = None,
+        cache_forms: Path | None = None,
     ) -> None:
         """Open the session, or both: a request begins with its prefill, and a graph that is broken shows here.
 
@@ -160,10 +158,10 @@ class OnnxRuntimeEngine:
             cuda: `cuda.bindings.driver`, or what stands in for it; for `cuda` only.
             as_stored: slower, with half the memory: see `open_session`.
             prefill: another graph of the same contract, and the tokens a row from which on a step runs it.
-            cache_scales: file of the scales of states in int8, by which `KvCache.read` gives floats.
+            cache_forms: file that says how states in int8 are rounded, by which `KvCache.read` gives floats.
 
         Raises:
-            BundleError: ONNX Runtime cannot read the graph, or the scales do not fit it.
+            BundleError: ONNX Runtime cannot read the graph, or the file of the states does not fit it.
             EngineError: the graph wants an input that this engine does not know, or there is no GPU.
             TargetUnavailableError: this ONNX Runtime has no such provider, or it does not work here.
         """
@@ -175,7 +173,7 @@ class OnnxRuntimeEngine:
         self.lock = threading.Lock()
         self._spec = spec
         self._names = {tensor.role: tensor.name for tensor in spec.inputs}
-        self._scales = None if cache_scales is None else read_scales(cache_scales, spec)
+        self._forms = None if cache_forms is None else read_forms(cache_forms, spec)
         self._device: Device | None = None
         long, self._shortest_prefill = prefill or (None, limits.max_chunk + 1)
         self._sessions = [
@@ -198,7 +196,7 @@ class OnnxRuntimeEngine:
     def allocate(self, rows: int) -> "HostKvCache | DeviceKvCache":
         """See `Engine`. With CUDA, DeviceMemoryError if it does not fit."""
         if self._device is None:
-            return HostKvCache(self._spec, self.limits, rows, self._scales)
+            return HostKvCache(self._spec, self.limits, rows, self._forms)
         from .device_cache import DeviceKvCache, StateLayout
 
         positions = self.limits.capacity + self.limits.max_chunk

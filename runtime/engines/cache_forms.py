@@ -1,0 +1,50 @@
+"""How the KV cache of a bundle is rounded to int8: `state = code * scale + offset`.
+
+The graph has its own copy, and steps need no other; this is for whoever reads such a cache as numbers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import BundleError
+from ..manifest import Contract
+
+
+@dataclass(frozen=True, slots=True)
+class StateForm:
+    """Of one state tensor. scales, offsets: (Hkv, D) float32; offsets are zeros for keys."""
+
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.float32]
+
+    def widen(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
+        """Codes (Hkv, length, D) as numbers."""
+        return codes * self.scales[:, None] + self.offsets[:, None]
+
+
+def read_forms(path: Path, spec: Contract) -> list[StateForm]:
+    """The form of each state of `spec`, in its order.
+
+    Raises:
+        BundleError: the file is not readable, or is of other states or shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is not readable: {error}") from error
+    forms = []
+    for state in spec.states:
+        _, heads, _, dim = state.shape
+        scales = tensors.get(f"{state.input}.scales")
+        offsets = tensors.get(f"{state.input}.offsets", np.zeros_like(scales) if scales is not None else None)
+        for part in (scales, offsets):
+            if part is None or part.dtype != np.float32 or part.shape != (heads, dim):
+                raise BundleError(f"{path} does not say how {state.input} ({heads}, {dim}) is rounded")
+        forms.append(StateForm(scales, offsets))  # type: ignore[arg-type]
+    return forms
