@@ -1,7 +1,7 @@
 """What the keys and values of a model look like: the eager model over texts of many kinds.
 
-The texts are fixed, so that a build can be repeated. Each paragraph is a row of its own: the first token of a row, which
-attention falls back on, has keys and values unlike any other's, and there must be more than a few of it.
+The texts are fixed, so that a build can be repeated. Each paragraph is a row of its own: the first token of a row,
+which attention falls back on, has keys and values unlike any other's, and there must be more than a few of it.
 """
 
 from collections.abc import Callable

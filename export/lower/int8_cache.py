@@ -5,7 +5,8 @@ many tokens they are slower than a product of matrices: a long step makes floats
 in float32 over them and what is new, and rounds the result back. There are two branches of an `If` a layer, in one
 graph: the weights are held once, and choosing costs a few microseconds.
 
-In the long branch scales never touch the cache. They go over to what is multiplied with it, before the operator rotates:
+In the long branch scales never touch the cache. They go over to what is multiplied with it, before the operator
+rotates:
 
     q · k = (q * scale) · (k / scale)        out = (p · (v / scale)) * scale
 

@@ -4,8 +4,8 @@ RoPE + KvCacheUpdate + CachedAttention become one GroupQueryAttention, residual 
 SkipSimplifiedLayerNormalization, linears multiply by the checkpoint's own (N, K) rows, and the q, k and v of a layer
 are one multiplication. What does not fit a fused operator keeps its marker, and with it its body.
 
-For the quality class `fast` there is a second graph for long steps, whose linears multiply in 8 bits: see `int8`. The KV
-cache can be held in 8 bits: see `int8_cache`.
+For the quality class `fast` there is a second graph for long steps, whose linears multiply in 8 bits: see `int8`. The
+KV cache can be held in 8 bits: see `int8_cache`.
 """
 
 import collections
@@ -39,7 +39,7 @@ class Lowered:
 
     corrections: modules whose weights have wider rows than the universal graph's; see `quantized`.
     prefill: a graph of its own for long steps, or None. derived: initialisers that only it has; see `int8`.
-    cache_forms: how the states are rounded, the tensors of the bundle's file; none if they are floats. See `cache_forms`.
+    cache_forms: how the states are rounded, the tensors of the bundle's file; none if they are floats.
     """
 
     model: ir.Model
