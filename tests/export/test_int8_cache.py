@@ -156,7 +156,7 @@ def test_a_step_computes_what_rounded_states_give(case, steps):
 
 
 def test_the_cache_read_as_floats_is_the_state_that_was_attended_to(case):
-    model, engine, forms = case
+    _, engine, forms = case
     tokens = np.random.default_rng(2).integers(0, VOCAB, (2, CAPACITY))
     lowered = Lowered(engine, 2)
     run_scenario(lowered, tokens, [[3, 5], [16, 12]])
