@@ -27,8 +27,8 @@ class StateForm:
 
     def narrow(self, states: NDArray[np.floating]) -> NDArray[np.int8]:
         """The codes nearest to numbers (…, Hkv, length, D)."""
-        codes = np.rint((states - self.offsets[:, None]) / self.scales[:, None])
-        return np.clip(codes, -128, 127).astype(np.int8)
+        codes: NDArray[np.floating] = np.rint((states - self.offsets[:, None]) / self.scales[:, None])
+        return codes.clip(-128, 127).astype(np.int8)
 
 
 def read_forms(path: Path, states: Sequence[StateSpec]) -> list[StateForm]:
