@@ -15,6 +15,8 @@ from zonda.export.compare.command import run_comparison
 from zonda.export.testing import assert_engine_matches
 from zonda.runtime import Pipeline, SamplingParams
 from zonda.runtime.bundle import open_bundle
+from zonda.runtime.loader import CUDA_PROVIDER, targets_of
+from zonda.runtime.verification import numerics_of
 
 FORMS = "onnx/cache.safetensors"
 LIMITS = {"max_batch": 4, "max_chunk": 16}
@@ -78,6 +80,11 @@ def test_inspect_shows_it(bundle):
     assert "128 bytes a token" in said
 
 
+def test_a_gpu_runs_the_universal_graph_whose_cache_is_in_floats(bundle):
+    (cuda,) = targets_of(open_bundle(bundle), CUDA_PROVIDER)
+    assert (cuda.kv_dtype, cuda.cache_forms, numerics_of(cuda)) == ("", "", "float32")
+
+
 def test_users_can_hold_it_to_their_checkpoint(bundle, folder):
     assert_engine_matches(bundle, folder, ["the wind comes down from the mountains", "hot and dry"])
 
@@ -103,6 +110,8 @@ def test_quantised_weights_take_it_too(tmp_path, quality):
     with Pipeline.load(bundle) as pipeline:
         assert pipeline.generate("the wind comes " * 8, GREEDY).token_ids  # both graphs
     assert run_comparison(f"torch:{folder}", str(bundle)).agrees
+    (cuda,) = targets_of(open_bundle(bundle), CUDA_PROVIDER)
+    assert (numerics_of(target), numerics_of(cuda)) == (quality, "float32")
 
 
 def test_a_build_that_is_not_proven(folder, tmp_path):
