@@ -164,6 +164,13 @@ def run_scenario(executor: Executor, tokens: np.ndarray, steps: list[list[int]])
     return [np.concatenate(parts) for parts in collected]
 
 
+def states_of_random_rows(model: nn.Module, vocab_size: int, length: int) -> list[list[np.ndarray]]:
+    """What the eager model caches of four random rows: of each its states (Hkv, length, D)."""
+    eager = Eager(model, 4, length)
+    run_scenario(eager, np.random.default_rng(5).integers(0, vocab_size, (4, length)), [[length] * 4])
+    return [[state[row].numpy() for state in eager.cache.tensors()] for row in range(4)]
+
+
 def run_for_last_tokens(
     executor: Executor, tokens: np.ndarray, steps: list[list[int]]
 ) -> Iterator[tuple[int, int, np.ndarray]]:

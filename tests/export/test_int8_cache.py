@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from support import RELATIVE_TOLERANCE, Eager, Lowered, export_graphs, open_engine, randomise, run_scenario
+from support import (
+    RELATIVE_TOLERANCE,
+    Eager,
+    Lowered,
+    export_graphs,
+    open_engine,
+    randomise,
+    run_scenario,
+    states_of_random_rows,
+)
 
 from zonda.export.lower.int8_cache import SHORTEST_LONG
 from zonda.export.onnx_files import CACHE_FORMS
@@ -96,13 +105,6 @@ class Emulation(Eager):
             self.cache.layers[number] = RoundedCache(layer, list(zip(scales, offsets, strict=True)))
 
 
-def calibration_of(model, seed: int = 5) -> list[list[np.ndarray]]:
-    """States (Hkv, length, D) of four random rows."""
-    eager = Eager(model, 4, ROWS)
-    run_scenario(eager, np.random.default_rng(seed).integers(0, VOCAB, (4, 40)), [[40] * 4])
-    return [[state[row, :, :40].numpy() for state in eager.cache.tensors()] for row in range(4)]
-
-
 def build(name: str, change: dict, rows: int):
     architecture = registry.find(name)
     interleaved = change.get("interleaved", False)
@@ -121,8 +123,8 @@ def case(request, tmp_path_factory):
     model = build(name, change, ROWS)
     randomise(model, norm=0.0 if name.startswith("Gemma") else 1.0)
     directory = tmp_path_factory.mktemp("graphs")
-    load = dict(model.state_dict()).__getitem__
-    module = export_graphs(directory, lambda rows: build(name, change, rows), load, ROWS, calibration_of(model))
+    load, states = dict(model.state_dict()).__getitem__, states_of_random_rows(model, VOCAB, CAPACITY)
+    module = export_graphs(directory, lambda rows: build(name, change, rows), load, ROWS, states)
     engine = open_engine(directory, module, VOCAB, capacity=CAPACITY, max_chunk=CHUNK)
     yield model, engine, load_file(directory / CACHE_FORMS)
     engine.close()
@@ -161,11 +163,10 @@ def test_the_cache_read_as_floats_is_the_state_that_was_attended_to(case):
     lowered = Lowered(engine, 2)
     run_scenario(lowered, tokens, [[3, 5], [16, 12]])
     for row, length in enumerate((19, 17)):
-        for number, (read, codes) in enumerate(
-            zip(lowered.cache.read(row, length), lowered.cache.buffers, strict=True)
-        ):
-            layer, kind = divmod(number, 2)
-            name = f"past_key_values.{layer}.{('key', 'value')[kind]}"
-            shift = forms[f"{name}.offsets"] if kind else np.zeros(1, np.float32)
-            wanted = codes[row, :, :length] * forms[f"{name}.scales"][:, None] + shift[..., None, :]
+        held = zip(lowered.cache.read(row, length), lowered.cache.buffers, strict=True)
+        for number, (read, codes) in enumerate(held):
+            name = f"past_key_values.{number // 2}.{('key', 'value')[number % 2]}"
+            scales = forms[f"{name}.scales"]
+            offsets = forms.get(f"{name}.offsets", np.zeros_like(scales))
+            wanted = codes[row, :, :length] * scales[:, None] + offsets[:, None]
             np.testing.assert_allclose(read, wanted, rtol=1e-6, atol=1e-6)

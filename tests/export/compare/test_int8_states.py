@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
-from support import Eager, export_graphs, randomise, run_scenario
+from support import export_graphs, randomise, states_of_random_rows
 
 from zonda import BundleError
 from zonda.export.compare import locate_in_build
@@ -34,9 +34,7 @@ def exported(tmp_path_factory):
         for name, parameter in model.named_parameters():
             if name.endswith("q_proj.weight"):
                 parameter /= 4
-    eager = Eager(model, 4, ROWS)
-    run_scenario(eager, np.random.default_rng(0).integers(0, VOCABULARY, (4, 60)), [[60] * 4])
-    states = [[state[row, :, :60].numpy() for state in eager.cache.tensors()] for row in range(4)]
+    states = states_of_random_rows(model, VOCABULARY, 60)
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
 
     def load(name):
