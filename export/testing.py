@@ -54,12 +54,13 @@ def assert_engine_matches(
     from ..runtime.loader import choose_target, open_engine
     from ..runtime.metrics import THRESHOLDS
     from ..runtime.parity import prove
+    from ..runtime.verification import numerics_of
 
     opened = open_bundle(bundle)
     chosen, _ = choose_target(opened, target)
     golden = _record(opened, reference, prompts)
     engine = open_engine(opened, chosen, opened.manifest.limits)
-    thresholds = chosen.parity.thresholds or THRESHOLDS[chosen.dtype]
+    thresholds = chosen.parity.thresholds or THRESHOLDS[numerics_of(chosen)]
     try:
         return prove(engine, golden, thresholds, reference=getattr(reference, "__name__", str(reference)))
     except ParityError as error:

@@ -260,6 +260,7 @@ def _universal(bundle: Bundle) -> tuple[Target, ...]:
             kind=CUDA_PROVIDER,
             kv_dtype="",
             cache_forms="",
+            quality="exact",
             graphs=(msgspec.structs.replace(target.graphs[0], role="any", file=_UNIVERSAL),),
             parity=Parity(status="pending", reason="it has not been run by the CUDA provider"),
         )

@@ -12,7 +12,7 @@ from .bundle import Bundle
 from .engines import Engine
 from .golden import GOLDEN, Golden
 from .manifest import Parity, Target
-from .metrics import THRESHOLDS
+from .metrics import THRESHOLDS, thresholds_of
 from .parity import prove
 
 
@@ -43,10 +43,18 @@ def prove_target(
     golden = Golden.read(bundle.file(GOLDEN))
     if golden.vocab_size != engine.limits.vocab_size:
         raise BundleError(f"{bundle.path}: the golden data are of another vocabulary than the engine")
-    thresholds = target.parity.thresholds or THRESHOLDS.get(target.dtype)
+    thresholds = target.parity.thresholds or THRESHOLDS.get(numerics_of(target))
     if thresholds is None:
-        raise BundleError(f"{bundle.path}: no thresholds are known for {target.dtype}")
+        raise BundleError(f"{bundle.path}: no thresholds are known for {numerics_of(target)}")
     return prove(engine, golden, thresholds, quick=quick, progress=progress)
+
+
+def numerics_of(target: Target) -> str:
+    """Name of the thresholds for a target's class of numerics: its dtype, or what says more, quality and cache."""
+    rounded = target.kv_dtype == "int8"
+    return (
+        target.dtype if target.quality == "exact" and not rounded else thresholds_of(target.quality, int8_cache=rounded)
+    )
 
 
 def in_words(parity: Parity) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from zonda.export import onnx_files
 from zonda.export.describe import make_contract
-from zonda.export.lower.onnxruntime import lower
+from zonda.export.lower.onnxruntime import lower, with_int8_cache
 from zonda.export.universal import export_universal
 from zonda.models import layers
 from zonda.models.cache import Cache
@@ -164,6 +164,13 @@ def run_scenario(executor: Executor, tokens: np.ndarray, steps: list[list[int]])
     return [np.concatenate(parts) for parts in collected]
 
 
+def states_of_random_rows(model: nn.Module, vocab_size: int, length: int) -> list[list[np.ndarray]]:
+    """What the eager model caches of four random rows: of each its states (Hkv, length, D)."""
+    eager = Eager(model, 4, length)
+    run_scenario(eager, np.random.default_rng(5).integers(0, vocab_size, (4, length)), [[length] * 4])
+    return [[state[row].numpy() for state in eager.cache.tensors()] for row in range(4)]
+
+
 def run_for_last_tokens(
     executor: Executor, tokens: np.ndarray, steps: list[list[int]]
 ) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -181,14 +188,23 @@ def run_for_last_tokens(
 
 
 def export_graphs(
-    directory: Path, build: Callable[[int], nn.Module], load: Callable[[str], torch.Tensor], rows: int
+    directory: Path,
+    build: Callable[[int], nn.Module],
+    load: Callable[[str], torch.Tensor],
+    rows: int,
+    calibration: Sequence[Sequence[np.ndarray]] = (),
 ) -> nn.Module:
-    """Write universal and lowered graph with their weights into `directory`; return the meta-device module."""
+    """Write universal and lowered graph with their weights into `directory`; return the meta-device module.
+
+    calibration: of each row its states, for a cache in int8; a cache in floats if there are none.
+    """
     with torch.device("meta"):
         module = build(rows)
     buffers = dict(module.named_buffers(remove_duplicate=False))
     universal = export_universal(module)
     lowered = lower(universal)
+    if calibration:
+        lowered = with_int8_cache(lowered, calibration)
     onnx_files.write(
         directory,
         universal,
@@ -202,5 +218,8 @@ def open_engine(
     directory: Path, module: nn.Module, vocab_size: int, *, capacity: int, max_batch: int = 4, max_chunk: int = 32
 ) -> OnnxRuntimeEngine:
     limits = Limits(capacity=capacity, max_batch=max_batch, max_chunk=max_chunk, vocab_size=vocab_size)
-    spec = make_contract(module.kv_shapes, vocab_size)
-    return OnnxRuntimeEngine(directory / onnx_files.LOWERED, spec, limits, threads=1)
+    spec, forms = make_contract(module.kv_shapes, vocab_size), directory / onnx_files.CACHE_FORMS
+    model = directory / onnx_files.LOWERED
+    if not forms.is_file():
+        return OnnxRuntimeEngine(model, spec, limits, threads=1)
+    return OnnxRuntimeEngine(model, spec.with_states("int8"), limits, threads=1, cache_forms=forms)

@@ -1,5 +1,6 @@
 """Building: what comes out, what is refused, and that nothing half-written is ever left."""
 
+import dataclasses
 import os
 import resource
 import signal
@@ -196,7 +197,7 @@ def test_a_host_that_can_build_but_not_run_records_the_proof_as_pending(tiny_fol
     monkeypatch.setattr(
         plan,
         "make_plan",
-        lambda *a: __import__("dataclasses").replace(honest(*a), provable=False, why_not_provable="it needs 30 GB"),
+        lambda *a, **k: dataclasses.replace(honest(*a, **k), provable=False, why_not_provable="it needs 30 GB"),
     )
     bundle = build_quietly(tiny_folder, tmp_path / "out")
     with pytest.raises(TargetUnavailableError, match=r"not been proven .it needs 30 GB"):

@@ -12,8 +12,8 @@ from ... import ParityError
 from ...models.architecture import CausalModel
 from ...runtime.engines import onnxruntime as target
 from ...runtime.manifest import Contract, Limits
-from ...runtime.metrics import THRESHOLDS
-from ..onnx_files import LOWERED, UNIVERSAL
+from ...runtime.metrics import THRESHOLDS, thresholds_of
+from ..onnx_files import CACHE_FORMS, LOWERED, UNIVERSAL
 from .chain import locate
 from .eager import EagerSubject, reader
 from .engine import EngineSubject
@@ -38,7 +38,8 @@ def locate_in_build(
     """Find where an unfinished bundle parts from the eager model: in the export, the lowering or the runtime.
 
     Args:
-        staging: with `onnx/universal.onnx`, `onnx/onnxruntime.onnx` and `onnx/weights.bin`; no manifest is needed.
+        staging: with `onnx/universal.onnx`, `onnx/onnxruntime.onnx` and `onnx/weights.bin`, and the forms of an int8
+            cache; no manifest is needed.
         module: on the meta device, its tables real.
         load: parameter or table name -> tensor, from the checkpoint.
         spec: the contract.
@@ -53,6 +54,10 @@ def locate_in_build(
         BuildError: the eager model cannot run.
         RequestError: the prompts are empty.
     """
+    forms = staging / CACHE_FORMS
+    rounded = forms.is_file()
+    allowed = thresholds_of(quality, int8_cache=rounded)
+    held = spec.with_states("int8") if rounded else spec
     read = reader(module, load)
     universal = GraphSubject(staging / UNIVERSAL, "universal")
     chain: list[Subject] = [
@@ -60,15 +65,18 @@ def locate_in_build(
         ProgramSubject(module, read),
         universal,
         GraphSubject(staging / LOWERED, "lowered"),
-        EngineSubject(lambda: target.OnnxRuntimeEngine(staging / LOWERED, spec, limits), spec),
+        EngineSubject(
+            lambda: target.OnnxRuntimeEngine(staging / LOWERED, held, limits, cache_forms=forms if rounded else None),
+            held,
+        ),
     ]
     script = make_script(prompts, limits, tokens_for(universal.windows))
     try:
-        if quality == "exact":
-            return locate(chain, script, THRESHOLDS["float32"], closely=True)
+        if allowed == "float32":
+            return locate(chain, script, THRESHOLDS[allowed], closely=True)
         before, after = chain[:3], chain[2:]
         found = locate(before, script, THRESHOLDS["float32"], closely=True)
-        return found or locate(after, script, THRESHOLDS[quality])
+        return found or locate(after, script, THRESHOLDS[allowed])
     finally:
         for subject in chain:
             subject.close()

@@ -1,5 +1,7 @@
 """An ONNX graph of the contract on plain ONNX Runtime, without Zonda's runtime: states are passed by hand.
 
+States that the graph holds in int8 are floats outside it, as those of every subject.
+
 Taps are the graph's own values as extra outputs. To compute values from another subject's, the graph is cut at each of
 them: the value becomes an input for whoever reads it, and what the graph computes in its place an output. The changed
 graphs live in memory and read the bundle's weight file where it lies; nothing is written.
@@ -15,7 +17,10 @@ import onnx
 
 from ... import BundleError
 from ...runtime import contract
+from ...runtime.engines.cache_forms import StateForm, read_forms
 from ...runtime.engines.ort import onnxruntime as ort
+from ...runtime.manifest import StateSpec
+from ..onnx_files import CACHE_FORMS
 from .network import Network, Value, of_onnx
 from .steps import Step
 from .subjects import Array, Kind, Output
@@ -31,7 +36,7 @@ class GraphSubject:
         """Read the graph; its weights stay in their file.
 
         Args:
-            path: `universal.onnx` or a lowered graph, with its weight file beside it.
+            path: `universal.onnx` or a lowered graph, with its weight file beside it, and that of an int8 cache.
             kind: which of them it is.
             name: for messages.
 
@@ -52,6 +57,7 @@ class GraphSubject:
         if missing := [name for name, _ in pairs if name not in self._inputs]:
             raise BundleError(f"{path} does not obey the graph contract: it has no input {missing[0]}")
         self._pairs = pairs
+        self._forms = self._read_forms()
         self._states: dict[str, Array] = {}
         self._sessions: dict[tuple[str, tuple[str, ...]], ort.InferenceSession] = {}
 
@@ -77,7 +83,8 @@ class GraphSubject:
             dims = [
                 d.dim_value or {contract.BATCH: rows, contract.CAPACITY: capacity}[d.dim_param] for d in kind.shape.dim
             ]
-            self._states[present] = np.zeros(dims, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+            dtype = np.float32 if self._forms else onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            self._states[present] = np.zeros(dims, dtype)
 
     def restore(self, states: Mapping[str, Array]) -> None:
         """See `Tapped`."""
@@ -126,13 +133,38 @@ class GraphSubject:
         feed = {role: array for role, array in step.feed.items() if role in self._inputs}
         return feed | {past: states[present] for past, present in self._pairs}
 
+    def _read_forms(self) -> dict[str, StateForm]:
+        """Of each state, by both its names; none if states are floats.
+
+        Raises:
+            BundleError: there is no file that says how they are rounded.
+        """
+        if not any(self._inputs[past].elem_type == onnx.TensorProto.INT8 for past, _ in self._pairs):
+            return {}
+        states = []
+        for past, present in self._pairs:
+            _, layer, kind = past.split(".")
+            shape = tuple(d.dim_value or d.dim_param for d in self._inputs[past].shape.dim)
+            states.append(
+                StateSpec(input=past, output=present, layer=int(layer), kind=kind, dtype="int8", shape=shape)  # type: ignore[arg-type]
+            )
+        forms = read_forms(self._path.with_name(Path(CACHE_FORMS).name), states)
+        return {name: form for pair, form in zip(self._pairs, forms, strict=True) for name in pair}
+
     def _run(self, mode: str, names: tuple[str, ...], outputs: list[str], feed: dict[str, Any]) -> dict[str, Array]:
         session = self._sessions.get((mode, names))
         if session is None:
             session = self._sessions[mode, names] = self._open(mode, names)
         known = {value.name for value in session.get_inputs()}  # ONNX Runtime drops inputs that nothing reads
-        found = session.run(outputs, {name: array for name, array in feed.items() if name in known})
-        return dict(zip(outputs, found, strict=True))
+        given = {name: array for name, array in feed.items() if name in known}
+        for name in self._forms.keys() & given.keys():
+            given[name] = self._forms[name].narrow(given[name])
+        found = dict(zip(outputs, session.run(outputs, given), strict=True))
+        for name in outputs:
+            form = self._forms.get(name.removeprefix(_LOCAL))
+            if form is not None:
+                found[name] = form.widen(found[name])
+        return found
 
     def _open(self, mode: str, names: tuple[str, ...]) -> ort.InferenceSession:
         model = onnx.ModelProto()

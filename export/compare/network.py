@@ -17,6 +17,7 @@ from ...runtime import contract
 from ..functions import DOMAIN, MARKERS
 
 _LAYER = re.compile(r"^(.*?\.(\d+))(?:\.|$)")
+_OF_CACHE = re.compile(r"layer_\d+\.cache\.")  # names of the numbers by which a cache in int8 is rounded
 _LINEAR = ("MatMul", "FusedMatMul", "Gemm", "QLinear", "MatMulNBits")
 _LEAVES = (
     "Linear",
@@ -154,15 +155,19 @@ def of_onnx(graph: onnx.GraphProto) -> Network:
     }
     values: dict[str, Value] = {}
     for index, node in enumerate(graph.node):
-        reads = [name for name in node.input if name]
+        branches = _branches(node)
+        reads = [name for name in (*node.input, *_captured(branches)) if name]
         if all(name in weights for name in reads):  # made of weights only: a transposed or converted weight
             weights |= {name: tuple(w for read in reads for w in weights[read]) for name in node.output}
             continue
         own = tuple(w for name in reads if name in weights for w in weights[name])
         sources = tuple(name for name in reads if name not in weights)
         marker, operator = _marker(node, own), str(node.op_type)
+        if branches:  # a choice between ways to compute one thing
+            operator = " + ".join(dict.fromkeys(inner.op_type for inner in branches[0].node))
         parent = values.get(sources[0]) if len(sources) == 1 else None
-        if node.op_type == "Add" and own and parent is not None and parent.marker == "Linear":
+        bias = node.op_type == "Add" and own and not any(_OF_CACHE.match(name) for name in own)
+        if bias and parent is not None and parent.marker == "Linear":
             marker, own, sources = "Linear", parent.weights + own, parent.sources
             operator = f"{parent.operator} + Add"
         layers = [past[name] for name in sources if name in past]
@@ -192,11 +197,23 @@ def _settings_of_call(node: torch.fx.Node) -> dict[str, float]:
 
 def _settings_of_node(node: onnx.NodeProto) -> dict[str, float]:
     found = {}
-    for attribute in node.attribute:
+    inner = [attribute for branch in _branches(node) for part in branch.node for attribute in part.attribute]
+    for attribute in (*node.attribute, *inner):
         if attribute.name in _SETTINGS:
             value = attribute.f if attribute.type == onnx.AttributeProto.FLOAT else attribute.i
             found[_SETTINGS[attribute.name]] = max(0.0, value) if "window" in attribute.name else float(value)
     return found
+
+
+def _branches(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+
+
+def _captured(branches: Sequence[onnx.GraphProto]) -> list[str]:
+    """What subgraphs read of the graph around them."""
+    made = {name for branch in branches for node in branch.node for name in node.output}
+    read = dict.fromkeys(name for branch in branches for node in branch.node for name in node.input)
+    return [name for name in read if name not in made]
 
 
 def _marker(node: onnx.NodeProto, weights: Sequence[str]) -> str:

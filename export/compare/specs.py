@@ -26,6 +26,7 @@ from ...models.stacking import stacked
 from ...runtime.bundle import Bundle, open_bundle
 from ...runtime.loader import choose_target, open_engine
 from ...runtime.manifest import Limits, Target
+from ...runtime.verification import numerics_of
 from ..onnx_files import LOWERED, UNIVERSAL, tensor_source
 from .eager import EagerSubject, reader
 from .engine import EngineSubject
@@ -141,10 +142,8 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The class of numerics, or of quality where that says more."""
-        if self.spec.kind not in ("lowered", "engine"):
-            return "float32"
-        return self.target.dtype if self.target.quality == "exact" else self.target.quality
+        """The class of numerics, as the thresholds have it."""
+        return numerics_of(self.target) if self.spec.kind in ("lowered", "engine") else "float32"
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that travels with it, None if there is none."""

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ... import BuildError
-from .rewrite import extent
+from ..functions import DOMAIN
+from .rewrite import extent, producer
 
-PAST_KEY, PAST_VALUE, COS, SINKS = 3, 4, 7, 11
+KEY, PAST_KEY, PAST_VALUE, COS, SINKS = 1, 3, 4, 7, 11
 """Inputs of GroupQueryAttention."""
 LIMIT = 127
 """Largest magnitude of a code."""
@@ -92,17 +93,28 @@ def _scales(rows: Sequence[NDArray[np.floating]], headroom: float) -> NDArray[np
 
 
 def _rotated_lengths(node: ir.Node, keys: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The keys (Hkv, length, D), where the operator rotates a pair of channels the length of the pair in both."""
-    if not node.attributes["do_rotary"].as_int():
+    """The keys (Hkv, length, D); where RoPE rotates a pair of channels, the length of the pair in both."""
+    rotated = _rotation(node)
+    if rotated is None:
         return keys
-    half = extent(node.inputs[COS], 1)
-    if node.attributes["rotary_interleaved"].as_int():
+    half, interleaved = rotated
+    if interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     else:
         first, second = slice(0, half), slice(half, 2 * half)
     lengths = keys.copy()
     lengths[..., first] = lengths[..., second] = np.hypot(keys[..., first], keys[..., second])
     return lengths
+
+
+def _rotation(node: ir.Node) -> tuple[int, bool] | None:
+    """How many pairs of a key are rotated, by the operator or before it, and whether they are neighbours."""
+    if node.attributes["do_rotary"].as_int():
+        return extent(node.inputs[COS], 1), bool(node.attributes["rotary_interleaved"].as_int())
+    rope = producer(node.inputs[KEY], "RoPE", DOMAIN)
+    if rope is None:
+        return None
+    return extent(rope.inputs[2], 1), bool(rope.attributes["interleaved"].as_int())
 
 
 def attentions(graph: ir.Graph) -> list[ir.Node]:

@@ -21,12 +21,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...runtime import contract
-from .cache_forms import PAST_KEY, PAST_VALUE, CacheForm, attentions, states_of
+from .cache_forms import KEY, PAST_KEY, PAST_VALUE, CacheForm, attentions, states_of
 from .rewrite import MICROSOFT, constant, insert, replace
 
 SHORTEST_LONG = 8
 """Tokens a row from which on a step takes the branch that attends in float32."""
-_KEY, _VALUE, _K_SCALE, _V_SCALE = 1, 2, 12, 13
+_K_SCALE, _V_SCALE = 12, 13
 
 
 def round_cache(graph: ir.Graph, forms: Mapping[str, CacheForm]) -> None:
@@ -47,7 +47,8 @@ def round_cache(graph: ir.Graph, forms: Mapping[str, CacheForm]) -> None:
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """(short, reach): whether the step is short; and how much of the buffers it can touch, padding included.
 
-    A row of `reach` positions, (1,) int32, has room for the padded step wherever the row begins.
+    A row of `reach` positions, (1,) int32, has room for the padded step wherever the row begins. The operator holds an
+    idle row for one that has cached a token, so there is room behind one at least.
     """
     first = graph[0]
     inputs = {value.name: value for value in graph.inputs}
@@ -55,6 +56,8 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     bound = constant(graph, "shortest_long", ir.tensor([SHORTEST_LONG], dtype=ir.DataType.INT64))
     (short,) = insert(graph, first, "Less", [tokens, bound])
     (cached,) = insert(graph, first, "ReduceMax", [inputs[contract.SEQLEN_OFFSETS]])
+    one = constant(graph, "one_i32", ir.tensor([1], dtype=ir.DataType.INT32))
+    (cached,) = insert(graph, first, "Max", [cached, one])
     (new,) = insert(graph, first, "Cast", [tokens], {"to": int(ir.DataType.INT32)})
     (reach,) = insert(graph, first, "Add", [cached, new])
     short.name, reach.name = "step_is_short", "reach"
@@ -131,7 +134,7 @@ class _Layer:
     ) -> None:
         """Let an elementwise operator change queries, keys and values by a vector each; they may be packed in one."""
         vectors = [part.ravel() for part in parts]
-        if inputs[_KEY] is None:
+        if inputs[KEY] is None:
             vectors = [np.concatenate(vectors)]
         for place, vector in enumerate(vectors):
             (inputs[place],) = add(op_type, [inputs[place], self._vector(f"{name}.{place}", vector)])

@@ -3,6 +3,7 @@
 The graph has its own copy, and steps need no other; this is for whoever reads such a cache as numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import BundleError
-from ..manifest import Contract
+from ..manifest import StateSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,17 @@ class StateForm:
     offsets: NDArray[np.float32]
 
     def widen(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
-        """Codes (Hkv, length, D) as numbers."""
+        """Codes (…, Hkv, length, D) as numbers."""
         return codes * self.scales[:, None] + self.offsets[:, None]
 
+    def narrow(self, states: NDArray[np.floating]) -> NDArray[np.int8]:
+        """The codes nearest to numbers (…, Hkv, length, D)."""
+        codes: NDArray[np.floating] = np.rint((states - self.offsets[:, None]) / self.scales[:, None])
+        return codes.clip(-128, 127).astype(np.int8)
 
-def read_forms(path: Path, spec: Contract) -> list[StateForm]:
-    """The form of each state of `spec`, in its order.
+
+def read_forms(path: Path, states: Sequence[StateSpec]) -> list[StateForm]:
+    """The form of each state, in their order.
 
     Raises:
         BundleError: the file is not readable, or is of other states or shapes.
@@ -39,7 +45,7 @@ def read_forms(path: Path, spec: Contract) -> list[StateForm]:
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} is not readable: {error}") from error
     forms = []
-    for state in spec.states:
+    for state in states:
         _, heads, _, dim = state.shape
         scales = tensors.get(f"{state.input}.scales")
         offsets = tensors.get(f"{state.input}.offsets", np.zeros_like(scales) if scales is not None else None)

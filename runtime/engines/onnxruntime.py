@@ -173,7 +173,7 @@ class OnnxRuntimeEngine:
         self.lock = threading.Lock()
         self._spec = spec
         self._names = {tensor.role: tensor.name for tensor in spec.inputs}
-        self._forms = None if cache_forms is None else read_forms(cache_forms, spec)
+        self._forms = None if cache_forms is None else read_forms(cache_forms, spec.states)
         self._device: Device | None = None
         long, self._shortest_prefill = prefill or (None, limits.max_chunk + 1)
         self._sessions = [
