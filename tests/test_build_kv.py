@@ -106,12 +106,12 @@ def test_quantised_weights_take_it_too(tmp_path, quality):
     bundle = build_quietly(folder, tmp_path / "out", quant="int8", quality=quality, kv="int8", max_batch=4)
     (target,) = open_bundle(bundle).manifest.targets
     assert (target.quality, target.kv_dtype, len(target.graphs)) == (quality, "int8", 1 + (quality == "fast"))
-    assert (target.parity.status, target.parity.thresholds.name) == ("passed", quality)
+    assert (target.parity.status, target.parity.thresholds.name) == ("passed", f"{quality}-int8-cache")
     with Pipeline.load(bundle) as pipeline:
         assert pipeline.generate("the wind comes " * 8, GREEDY).token_ids  # both graphs
     assert run_comparison(f"torch:{folder}", str(bundle)).agrees
     (cuda,) = targets_of(open_bundle(bundle), CUDA_PROVIDER)
-    assert (numerics_of(target), numerics_of(cuda)) == (quality, "float32")
+    assert (numerics_of(target), numerics_of(cuda)) == (f"{quality}-int8-cache", "float32")
 
 
 def test_a_build_that_is_not_proven(folder, tmp_path):

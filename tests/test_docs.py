@@ -46,7 +46,7 @@ def test_the_shell_examples_run(line, tiny_folder, tiny_bundle, tmp_path):
 
 
 def test_the_examples_were_found():
-    assert len(commands()) == 10
+    assert len(commands()) == 11
 
 
 def test_every_make_command_is_a_target():

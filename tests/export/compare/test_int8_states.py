@@ -105,10 +105,10 @@ def test_a_setting_of_both_branches(exported, copy):
 
 
 def test_a_norm_before_the_cache(exported, copy):
-    edit(copy, lambda model: setattr(attribute(node(model, "rms_norm_2"), "epsilon"), "f", 5.0))
+    edit(copy, lambda model: setattr(attribute(node(model, "rms_norm_2"), "epsilon"), "f", 50.0))
     found = find(exported, copy)
     assert (found.stage, found.layer, found.marker) == ("lowering", 1, "RmsNorm")
-    assert found.explanation == "eps is 5 instead of 1e-05"
+    assert found.explanation == "eps is 50 instead of 1e-05"
 
 
 def test_swapped_rows_of_the_packed_projection(exported, copy):
