@@ -102,21 +102,7 @@ def build_bundle(model: str, output: Path, options: BuildOptions, console: Conso
     from zonda.runtime.metrics import THRESHOLDS
 
     plans = _tensorrt_plans(options)
-    if options.quality not in QUALITIES:
-        raise BuildError(f"--quality is one of {', '.join(QUALITIES)}, found {options.quality!r}")
-    if options.kv not in CACHES:
-        raise BuildError(f"--kv is {' or '.join(CACHES)}, found {options.kv!r}")
-    if options.kv == "int8" and options.targets != ("onnxruntime",):
-        raise BuildError("--kv int8 is of the target onnxruntime; build the others into a bundle of their own")
-    if options.verify not in ("strict", "off"):
-        raise BuildError(f"--verify is strict or off, found {options.verify!r}")
-    if options.reference not in ("eager", "transformers"):
-        raise BuildError(f"--reference is eager or transformers, found {options.reference!r}")
-    if options.reference == "transformers" and options.verify == "off":
-        raise BuildError("--reference transformers is part of the proof, and --verify off asks for none")
-    if options.reference == "transformers" and options.lora:
-        raise BuildError("--reference transformers reads the checkpoint without adapters; build without --lora")
-    _check_quant(options)
+    _check(options)
     steps = Steps(console)
     if not options.dry_run:
         refuse_existing(output, overwrite=options.overwrite)
@@ -253,6 +239,25 @@ def _tensorrt_plans(options: BuildOptions) -> "list[PlanOptions]":
     for target in chosen:
         check_capabilities(target, capabilities, dtype)
     return [PlanOptions(target, dtype, capabilities, choice) for target in chosen for choice in plugins]
+
+
+def _check(options: BuildOptions) -> None:
+    """Raise `BuildError` if an option that is not of TensorRT is impossible, by itself or beside another."""
+    if options.quality not in QUALITIES:
+        raise BuildError(f"--quality is one of {', '.join(QUALITIES)}, found {options.quality!r}")
+    if options.kv not in CACHES:
+        raise BuildError(f"--kv is {' or '.join(CACHES)}, found {options.kv!r}")
+    if options.kv == "int8" and options.targets != ("onnxruntime",):
+        raise BuildError("--kv int8 is of the target onnxruntime; build the others into a bundle of their own")
+    if options.verify not in ("strict", "off"):
+        raise BuildError(f"--verify is strict or off, found {options.verify!r}")
+    if options.reference not in ("eager", "transformers"):
+        raise BuildError(f"--reference is eager or transformers, found {options.reference!r}")
+    if options.reference == "transformers" and options.verify == "off":
+        raise BuildError("--reference transformers is part of the proof, and --verify off asks for none")
+    if options.reference == "transformers" and options.lora:
+        raise BuildError("--reference transformers reads the checkpoint without adapters; build without --lora")
+    _check_quant(options)
 
 
 def _check_quant(options: BuildOptions) -> None:

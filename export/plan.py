@@ -23,6 +23,7 @@ _TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
 _GRAPH_BYTES_PER_LAYER = 1 << 20  # traced and translated graph, in memory
 _FILES_BYTES = 32 << 20  # tokenizer, graphs, manifest
 _GOLDEN_TOKENS = 4 * 128  # the prompts of the proof, padded: the eager model gives logits of each, and they are kept
+_CALIBRATION_TOKENS = 40 * 128  # the rows of the calibration of an int8 cache, padded: what they cache is kept
 _ITEM = 4  # bytes of an element: the engine computes in float32
 
 
@@ -85,7 +86,8 @@ def make_plan(
     # mapped weights, their packed copies, a row of cache, logits and activations of a chunk
     engine = 2 * weights + row + limits.vocab_size * _ITEM * limits.max_batch + (256 << 20)
     golden = _GOLDEN_TOKENS * (3 * limits.vocab_size * _ITEM + kv_bytes_per_token(shapes))
-    build = _TOOLS_BYTES + len(shapes) * _GRAPH_BYTES_PER_LAYER + 2 * largest + golden
+    calibration = _CALIBRATION_TOKENS * kv_bytes_per_token(shapes) if kv == "int8" else 0
+    build = _TOOLS_BYTES + len(shapes) * _GRAPH_BYTES_PER_LAYER + 2 * largest + max(golden, calibration)
     available = psutil.virtual_memory().available
     needed = _TOOLS_BYTES + engine
     provable = needed <= available

@@ -67,7 +67,7 @@ def _of_unit_roundoff(name: str, unit: float) -> Thresholds:
     )
 
 
-def _of_quality(name: str, unit: float, kl: float, perplexity: float) -> Thresholds:
+def _of_quality(name: str, unit: float, kl: float, perplexity: float, *, kv_unit: float | None = None) -> Thresholds:
     """Thresholds for a quantised engine, whose activations are rounded to 8 bits.
 
     With a scale a block such a rounding is off by at most 2^-8 of the block's largest value, typically by a quarter of
@@ -76,9 +76,11 @@ def _of_quality(name: str, unit: float, kl: float, perplexity: float) -> Thresho
     norm. But a token's worst logit says little here, and the bound lets much pass. What counts is the distribution over
     many tokens: the mean KL divergence, and by how much perplexity grew at least, because on the few hundred golden
     tokens it has a standard error of half a percent, and on a short schedule of several.
+
+    kv_unit: of keys and values, if it is not that of the logits.
     """
-    loose = _of_unit_roundoff(name, unit)
-    return msgspec.structs.replace(loose, kv_error=2 * loose.kv_error, kl=kl, perplexity=perplexity)
+    loose, states = _of_unit_roundoff(name, unit), _of_unit_roundoff(name, kv_unit or unit)
+    return msgspec.structs.replace(loose, kv_error=2 * states.kv_error, kl=kl, perplexity=perplexity)
 
 
 _CACHE_UNIT = 2.0**-11
@@ -94,7 +96,7 @@ THRESHOLDS: dict[str, Thresholds] = {
         _of_unit_roundoff("bfloat16", 2.0**-8 / 4),
         _of_quality("balanced", 2.0**-10, 0.03, 0.03),
         _of_quality("fast", 2.0**-9, 0.15, 0.15),
-        msgspec.structs.replace(_of_quality("int8-cache", 2 * _CACHE_UNIT, 0.02, 0.02), kv_error=320 * _CACHE_UNIT),
+        _of_quality("int8-cache", 2 * _CACHE_UNIT, 0.02, 0.02, kv_unit=_CACHE_UNIT),
         _of_quality("balanced-int8-cache", 2.0**-10 + _CACHE_UNIT, 0.04, 0.05),
         _of_quality("fast-int8-cache", 2.0**-9 + _CACHE_UNIT, 0.16, 0.17),
     )

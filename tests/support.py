@@ -20,6 +20,15 @@ from zonda.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from zonda.runtime.engines.ort import onnxruntime as ort
 from zonda.runtime.manifest import Limits
 
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of a configuration: small, and heads are in groups."""
+
 RELATIVE_TOLERANCE = 1e-5
 """Of the largest |logit|: float32 noise of these models is 1.5e-6 of it, eps × 10 moves logits by 100 times more."""
 

@@ -8,7 +8,6 @@ For the quality class `fast` there is a second graph for long steps, whose linea
 KV cache can be held in 8 bits: see `int8_cache`.
 """
 
-import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
@@ -89,8 +88,8 @@ def with_int8_cache(lowered: Lowered, states: Sequence[Sequence[NDArray[np.float
         if model is not None:
             round_cache(model.graph, forms)
             clean(model)
-    tensors = [form.tensors(key) for key, form in forms.items()]
-    return replace_fields(lowered, cache_forms=dict(collections.ChainMap(*tensors)))
+    tensors = {name: part for key, form in forms.items() for name, part in form.tensors(key).items()}
+    return replace_fields(lowered, cache_forms=tensors)
 
 
 def _with_prefill(lowered: Lowered, universal: ir.Model) -> Lowered:

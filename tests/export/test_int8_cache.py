@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 from support import (
     RELATIVE_TOLERANCE,
+    SMALL,
     Eager,
     Lowered,
     export_graphs,
@@ -28,15 +29,7 @@ from zonda.models.cache import LayerCache
 
 CAPACITY, CHUNK, VOCAB = 40, 24, 131
 ROWS = CAPACITY + CHUNK
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 96,
-}
+SIZES = SMALL | {"vocab_size": VOCAB, "max_position_embeddings": 96}
 STEPS = {
     "short steps": [[5], [1], [4], [1], [7], [1], [1], [2]],
     "long steps, then short ones": [[16], [16], [1], [4]],
