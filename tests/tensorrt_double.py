@@ -21,6 +21,8 @@ class Hashable(SimpleNamespace):
 
 
 class Registry:
+    """TensorRT's plugin registry: the first creator of a name and version stays."""
+
     def __init__(self):
         self.creators = {}
 
@@ -28,8 +30,8 @@ class Registry:
         return self.creators.get((name, version, namespace))
 
     def register_creator(self, creator, namespace):
-        self.creators[creator.name, creator.plugin_version, namespace] = creator
-        return True
+        assert namespace == creator.plugin_namespace
+        return self.creators.setdefault((creator.name, creator.plugin_version, namespace), creator) is creator
 
     def deregister_creator(self, creator):
         return self.creators.pop((creator.name, creator.plugin_version, creator.plugin_namespace), None) is not None

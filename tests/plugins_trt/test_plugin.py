@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tensorrt_double import Hashable, Registry
 
 from zonda import BuildError, EngineError
 from zonda.plugins_trt import PLUGINS, register
@@ -36,27 +37,12 @@ class DataType(enum.Enum):
 NAMES = dict(zip(("fp16", "bf16", "fp32", "int8", "int64"), DataType, strict=True))
 
 
-class Registry:
-    def __init__(self):
-        self.creators = {}
-
-    def get_creator(self, name, version, namespace):
-        return self.creators.get((name, version, namespace))
-
-    def register_creator(self, creator, namespace):
-        assert namespace == creator.plugin_namespace
-        return self.creators.setdefault((creator.name, creator.plugin_version, namespace), creator) is creator
-
-    def deregister_creator(self, creator):
-        return self.creators.pop((creator.name, creator.plugin_version, creator.plugin_namespace), None) is not None
-
-
 @pytest.fixture
 def trt():
     """What the plugins use of TensorRT."""
     registry = Registry()
     bases = ("IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime", "IPluginCreatorV3One")
-    return SimpleHashable(
+    return Hashable(
         **{name: type(name, (), {}) for name in bases},
         DataType=DataType,
         PluginFieldType=enum.Enum("PluginFieldType", ["FLOAT32", "INT32"]),
@@ -66,10 +52,6 @@ def trt():
         DimsExprs=list,
         get_plugin_registry=lambda: registry,
     )
-
-
-class SimpleHashable(SimpleNamespace):
-    __hash__ = object.__hash__
 
 
 def kernels(driver, capabilities=(80,)):

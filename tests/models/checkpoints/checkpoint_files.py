@@ -102,11 +102,16 @@ def write_model(
             writer.add_tensor(name, array[0], raw_dtype=array[1])
         else:
             writer.add_tensor(name, array)
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write everything and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
-from checkpoint_files import add_value, metadata, permute
+from checkpoint_files import add_value, finish, metadata, permute
 from gguf import MODEL_ARCH as ARCH
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
@@ -272,10 +272,7 @@ def write(path, case: Case, hf: transformers.PreTrainedModel, kind: Type = Type.
     for length in ("long", "short"):
         if factors := config.rope_parameters.get(f"{length}_factor"):
             writer.add_tensor(f"rope_factors_{length}.weight", np.float32(factors))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def _tensors(hf: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import gguf
 import pytest
-from checkpoint_files import add_value
+from checkpoint_files import add_value, finish
 from tokenizer_corpus import corpus
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
@@ -119,10 +119,7 @@ def to_gguf(path, tokenizer: Tokenizer, pre: str, **values):
     writer.add_add_bos_token(False)
     for key, value in values.items():
         add_value(writer, f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -8,16 +8,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from checkpoint_files import LAYERS, TOKENS, weights, write_model
+from checkpoint_files import LAYERS, weights, write_model
 from conftest import build_quietly
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
+from gguf_models import IDS, ROWS, STEPS, build, dequantised_logits, largest
 from support import RELATIVE_TOLERANCE, Eager, PlainOnnx, export_graphs, run_scenario
 
 from zonda import CheckpointError
 from zonda.export import onnx_files
 from zonda.export.proof import run_eager
-from zonda.models import layers, registry
+from zonda.models import layers
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.checkpoints.base import TensorInfo
 from zonda.models.gemma import OffsetRmsNorm
@@ -27,9 +28,7 @@ from zonda.models.quantize import count_weights, quantize_norms, tensor_classes
 from zonda.plugins_trt import CubinLibrary
 from zonda.runtime.bundle import open_bundle
 
-HIDDEN, ROWS = 64, 32
-STEPS = [[7, 4], [1, 1], [3, 5]]
-IDS = np.random.default_rng(0).integers(0, len(TOKENS), (2, 12))
+HIDDEN = 64
 NORM = "model.norm.weight"
 
 
@@ -47,12 +46,6 @@ def write_with_norms(path, kind: Type = Type.Q8_0):
     return write_model(path, extra=extra, drop=list(vectors), hidden=HIDDEN)
 
 
-def build(checkpoint):
-    architecture = registry.of_config(checkpoint.config)
-    with torch.device("meta"):
-        return architecture.build(architecture.read_config(checkpoint.config), ROWS)
-
-
 def build_quantised(checkpoint):
     module = build(checkpoint)
     assert quantize_norms(module, checkpoint) == []
@@ -67,21 +60,13 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wanted(checkpoint):
     """Logits of the model with dequantised gains."""
-    model = build(checkpoint).eval()
-    load_weights(model, checkpoint)
-    return run_scenario(Eager(model, 2, ROWS), IDS, STEPS)
+    return dequantised_logits(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def exact(checkpoint):
     """The same in float64: torch's float32 is up to 1.7e-5 of the largest off, the graphs' 5e-6."""
-    model = build(checkpoint).eval()
-    load_weights(model, checkpoint)
-    return run_scenario(Eager(model.double(), 2, ROWS), IDS, STEPS)
-
-
-def largest(rows) -> float:
-    return max(np.abs(row).max() for row in rows)
+    return dequantised_logits(checkpoint, torch.float64)
 
 
 def test_codes_and_scales_are_the_files_own(checkpoint):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoint_files import HEADS, KV_HEADS, TOKENS, permute, weights, write_model
 from gguf import GGMLQuantizationType as Type
+from gguf_models import IDS, ROWS, STEPS, build, dequantised_logits, largest
 from gguf_rows import KINDS, random_blocks, weight_rows
 from support import RELATIVE_TOLERANCE, Eager, PlainOnnx, run_scenario
 
@@ -16,15 +17,13 @@ from zonda.export.lower.onnxruntime import lower
 from zonda.export.proof import run_eager
 from zonda.export.universal import export_universal
 from zonda.export.weight_proof import WrittenWeights
-from zonda.models import layers, registry
+from zonda.models import layers
 from zonda.models.checkpoints import open_checkpoint
 from zonda.models.loading import load_weights, match_parameters
 from zonda.models.quantization import Form
 from zonda.models.quantize import count_weights, quantize_modules, quantized_forms, tensor_classes
 
-HIDDEN, LAYERS, ROWS = 256, 2, 32  # blocks of the K types are 256 long
-STEPS = [[7, 4], [1, 1], [3, 5]]
-IDS = np.random.default_rng(0).integers(0, len(TOKENS), (2, 12))
+HIDDEN, LAYERS = 256, 2  # blocks of the K types are 256 long
 ATTENTION = "model.layers.0.self_attn"
 
 
@@ -57,12 +56,6 @@ def write(path, embedding: Type, linear: Type, down: Type | None = None, *, tied
     return write_model(path, {"llama.block_count": LAYERS}, tensors, drop=list(tensors), hidden=HIDDEN)
 
 
-def build(checkpoint):
-    architecture = registry.of_config(checkpoint.config)
-    with torch.device("meta"):
-        return architecture.build(architecture.read_config(checkpoint.config), ROWS)
-
-
 def build_quantised(checkpoint):
     module = build(checkpoint)
     quantize_modules(module, quantized_forms(module, checkpoint))
@@ -83,13 +76,7 @@ def checkpoint(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def wanted(checkpoint):
     """Logits of the dequantised float32 model, row by row."""
-    model = build(checkpoint).eval()
-    load_weights(model, checkpoint)
-    return run_scenario(Eager(model, 2, ROWS), IDS, STEPS)
-
-
-def largest(rows) -> float:
-    return max(np.abs(row).max() for row in rows)
+    return dequantised_logits(checkpoint)
 
 
 def test_every_linear_and_the_embedding_hold_what_the_file_holds(checkpoint):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import gguf
 import pytest
-from checkpoint_files import add_value
+from checkpoint_files import add_value, finish
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_corpus import SPACES, corpus
@@ -98,10 +98,7 @@ def to_gguf(path, processor, kind: Kind = LLAMA, **changes):
     for key, value in (tokens | values | changes).items():
         if value is not None:
             add_value(writer, f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import add_value, metadata, permute, weights, write_model
+from checkpoint_files import add_value, finish, metadata, permute, weights, write_model
 from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,10 +37,7 @@ def split(folder, changes=None, repeat: bool = False, drop: str = ""):
         share = [*tensors[number::COUNT], *(tensors[:1] if repeat and number == 2 else [])]
         for tensor in share:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
     return folder
 
 
@@ -68,10 +65,7 @@ def test_what_the_gguf_package_splits_is_read(tmp_path):
     for key, array in weights().items():
         heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
         writer.add_tensor(names.get_name(key, (".weight",)), permute(array, heads) if heads else array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     parts = sorted(path.name for path in tmp_path.iterdir())
     assert parts == [name(i, 3) for i in (1, 2, 3)]
     checkpoint = open_checkpoint(tmp_path / parts[1])
