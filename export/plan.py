@@ -23,7 +23,7 @@ _TOOLS_BYTES = 800 << 20  # torch, onnx and the exporter, resident
 _GRAPH_BYTES_PER_LAYER = 1 << 20  # traced and translated graph, in memory
 _FILES_BYTES = 32 << 20  # tokenizer, graphs, manifest
 _GOLDEN_TOKENS = 4 * 128  # the prompts of the proof, padded: the eager model gives logits of each, and they are kept
-_CALIBRATION_TOKENS = 40 * 128  # the rows of the calibration of an int8 cache, padded: what they cache is kept
+_CALIBRATION_TOKENS = 40 * 128  # rows that calibrate an int8 cache, padded, whose states are kept; SmolLM2 makes 28
 _ITEM = 4  # bytes of an element: the engine computes in float32
 
 

@@ -25,7 +25,9 @@ from .cache_forms import KEY, PAST_KEY, PAST_VALUE, CacheForm, attentions, state
 from .rewrite import MICROSOFT, constant, insert, replace
 
 SHORTEST_LONG = 8
-"""Tokens a row from which on a step takes the branch that attends in float32."""
+"""Tokens a row from which on a step takes the branch that attends in float32: after 512 cached tokens the branch of
+codes takes two thirds of its time at 4 tokens, twice its time at 16 (9 heads of 64, 3 of them cached).
+"""
 _K_SCALE, _V_SCALE = 12, 13
 
 

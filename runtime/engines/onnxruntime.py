@@ -5,11 +5,12 @@ tensors, and a step only writes the small inputs and, when its shape differs fro
 CUDA the KV cache is in GPU memory, and ONNX Runtime copies the small inputs and the logits.
 """
 
+import functools
 import itertools
 import math
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -40,14 +41,16 @@ class HostKvCache:
     each head takes 2 MB.)
     """
 
-    def __init__(self, spec: Contract, limits: Limits, rows: int, forms: Sequence[StateForm] | None = None) -> None:
+    def __init__(
+        self, spec: Contract, limits: Limits, rows: int, forms: Callable[[], Sequence[StateForm]] | None = None
+    ) -> None:
         """Allocate.
 
         Args:
             spec: whose states they are.
             limits: capacity and chunk.
             rows: how many.
-            forms: of each state, if they hold codes.
+            forms: gives the form of each state, if they hold codes.
         """
         dimensions = {contract.BATCH: rows, contract.CAPACITY: limits.capacity + limits.max_chunk}
         self.rows = rows
@@ -72,7 +75,7 @@ class HostKvCache:
         held = [buffer[row, :, :length] for buffer in self.buffers]
         if self._forms is None:
             return held
-        return [form.widen(codes) for codes, form in zip(held, self._forms, strict=True)]
+        return [form.widen(codes) for codes, form in zip(held, self._forms(), strict=True)]
 
 
 class _StepBuffers:
@@ -158,10 +161,11 @@ class OnnxRuntimeEngine:
             cuda: `cuda.bindings.driver`, or what stands in for it; for `cuda` only.
             as_stored: slower, with half the memory: see `open_session`.
             prefill: another graph of the same contract, and the tokens a row from which on a step runs it.
-            cache_forms: file that says how states in int8 are rounded, by which `KvCache.read` gives floats.
+            cache_forms: file that says how states in int8 are rounded, by which `KvCache.read` gives floats; it is
+                opened when that is first called.
 
         Raises:
-            BundleError: ONNX Runtime cannot read the graph, or the file of the states does not fit it.
+            BundleError: ONNX Runtime cannot read the graph.
             EngineError: the graph wants an input that this engine does not know, or there is no GPU.
             TargetUnavailableError: this ONNX Runtime has no such provider, or it does not work here.
         """
@@ -173,7 +177,7 @@ class OnnxRuntimeEngine:
         self.lock = threading.Lock()
         self._spec = spec
         self._names = {tensor.role: tensor.name for tensor in spec.inputs}
-        self._forms = None if cache_forms is None else read_forms(cache_forms, spec.states)
+        self._forms = None if cache_forms is None else functools.cache(lambda: read_forms(cache_forms, spec.states))
         self._device: Device | None = None
         long, self._shortest_prefill = prefill or (None, limits.max_chunk + 1)
         self._sessions = [
